@@ -1,0 +1,196 @@
+"""How fast a reuse step is, and what the wrapper costs.
+
+    python benchmarks/reuse_step.py [--depth 12] [--batch 8] [--budgets 0.05 0.1 0.2 0.3]
+    ->  table: ms of a refresh and of a reuse step, speed-up in time and in FLOPs, their ratio
+        out/benchmarks/reuse_step.json, raw milliseconds included
+
+All engines share one set of weights and take turns generation by generation; every figure is a
+median. Plain Inductor runs the model as it is written, graph breaks included; `moeca interval 1` is
+the same arithmetic in one graph. FLOPs are those that moeca counted while it ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from models import ROOT, Call, inputs, machine, overhead_model, speed_calls, speed_model
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm, trange
+
+import moeca_compile
+
+INTERVAL = 4
+CYCLES = 2  # refresh intervals in one timed generation
+OUT = ROOT / "out" / "benchmarks"
+
+
+@dataclass
+class Engine:
+    """One way to run the model, and what was measured of it."""
+
+    name: str
+    run: Callable[..., Tensor]
+    interval: int = 0  # 0: not moeca
+    refresh_ms: list[float] = field(default_factory=list)
+    reuse_ms: list[float] = field(default_factory=list)
+    flops_full: float = 0.0
+    flops_computed: float = 0.0
+
+    @property
+    def mean_step_ms(self) -> float:
+        """Median step times, weighted as the interval mixes them."""
+        if not self.reuse_ms:
+            return median(self.refresh_ms)
+        share = 1 / self.interval
+        return share * median(self.refresh_ms) + (1 - share) * median(self.reuse_ms)
+
+
+def with_shared_weights(model: nn.Module) -> nn.Module:
+    """A copy of `model` with its own modules and the very same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def build(model: nn.Module, budgets: list[float], score: str, order: str) -> list[Engine]:
+    def moeca(**options: Any) -> Callable[..., Tensor]:
+        return torch.compile(with_shared_weights(model), backend="moeca", options=options)
+
+    engines = [
+        Engine("plain Inductor", torch.compile(with_shared_weights(model))),
+        Engine("moeca interval 1", moeca(interval=1), 1),
+    ]
+    for budget in budgets:
+        run = moeca(interval=INTERVAL, budget=budget, score=score, order=order)
+        engines.append(Engine(f"moeca {100 * budget:g} %", run, INTERVAL))
+    return engines
+
+
+@torch.no_grad()
+def warm_up(engine: Engine, calls: list[Call]) -> None:
+    """One generation that compiles what there is to compile; not measured."""
+    for call in calls:
+        engine.run(*call)
+
+
+@torch.no_grad()
+def run_generation(engine: Engine, calls: list[Call]) -> None:
+    """One generation step by step; a step's time goes to the kind of step it turned out to be."""
+    if not engine.interval:
+        engine.refresh_ms += [timed(engine.run, call) for call in calls]
+        return
+    with moeca_compile.generation(engine.run):
+        for call in calls:
+            before = moeca_compile.stats(engine.run)
+            elapsed_ms = timed(engine.run, call)
+            after = moeca_compile.stats(engine.run)
+            reused = after.reuse_steps > before.reuse_steps
+            (engine.reuse_ms if reused else engine.refresh_ms).append(elapsed_ms)
+            engine.flops_full += after.flops_full - before.flops_full
+            engine.flops_computed += after.flops_computed - before.flops_computed
+
+
+def timed(run: Callable[..., Tensor], call: Call) -> float:
+    start = time.perf_counter()
+    run(*call)
+    return 1000 * (time.perf_counter() - start)
+
+
+def measure(engines: list[Engine], calls: list[Call], rounds: int) -> None:
+    """Warm up every engine, then let them take turns."""
+    for engine in tqdm(engines, desc="warm-up", ncols=88):
+        warm_up(engine, calls)
+    for _ in trange(rounds, desc="rounds", ncols=88):
+        for engine in engines:
+            run_generation(engine, calls)
+
+
+@torch.no_grad()
+def wrapper_overhead_us(calls: int = 2000) -> dict[str, float]:
+    """Median microseconds of a call of a tiny model: plain Inductor, moeca, and the difference.
+
+    The two graphs are not quite the same, so the difference also holds what the rewrite costs.
+    """
+    model = overhead_model()
+    call = inputs(model, batch=1)
+    engines = {
+        "plain": torch.compile(with_shared_weights(model)),
+        "moeca": torch.compile(
+            with_shared_weights(model), backend="moeca", options={"interval": 1}
+        ),
+    }
+    for run in engines.values():
+        for _ in range(20):
+            run(*call)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(calls):
+        for name, run in engines.items():
+            times[name].append(1000 * timed(run, call))
+    medians = {f"{name}_us": median(values) for name, values in times.items()}
+    return medians | {"overhead_us": medians["moeca_us"] - medians["plain_us"]}
+
+
+def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
+    """One row of the table and of the JSON file."""
+    wall = plain.mean_step_ms / engine.mean_step_ms
+    flops = engine.flops_full / engine.flops_computed if engine.flops_computed else 1.0
+    return {
+        "engine": engine.name,
+        "refresh_ms": median(engine.refresh_ms),
+        "reuse_ms": median(engine.reuse_ms) if engine.reuse_ms else None,
+        "mean_step_ms": engine.mean_step_ms,
+        "speedup_wall": wall,
+        "speedup_flops": flops,
+        "wall_over_flops": wall / flops,
+        "raw_refresh_ms": engine.refresh_ms,
+        "raw_reuse_ms": engine.reuse_ms,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="speed of refresh and reuse steps")
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="timed generations per engine")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.3])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--score", choices=["moeca", "input_drift"], default="input_drift")
+    parser.add_argument(
+        "--order", choices=["router_first", "attention_first"], default="router_first"
+    )
+    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    overhead = wrapper_overhead_us()
+    model = speed_model(arguments.depth, dtype)
+    engines = build(model, arguments.budgets, arguments.score, arguments.order)
+    measure(engines, speed_calls(CYCLES * INTERVAL, arguments.batch, dtype), arguments.rounds)
+    rows = [figures(engine, engines[0]) for engine in engines]
+    shown = [{k: v for k, v in row.items() if not k.startswith("raw_")} for row in rows]
+    print(tabulate(shown, headers="keys", floatfmt=".2f"))
+    print(
+        f"\nwrapper: {overhead['overhead_us']:.0f} us a call beyond plain Inductor "
+        f"({overhead['moeca_us']:.0f} against {overhead['plain_us']:.0f})"
+    )
+    OUT.mkdir(parents=True, exist_ok=True)
+    result = {"arguments": vars(arguments), "machine": machine(), "overhead": overhead}
+    (OUT / "reuse_step.json").write_text(json.dumps(result | {"engines": rows}, indent=2) + "\n")
+    print(f"wrote {OUT / 'reuse_step.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Capture by replacing a whole method whose return value is the dispatch itself.
+
+    before:  self.moe_infer(x [T, D], flat_ids [T*K], flat_weights [T*K, 1])   loops on the host
+    after:   run_plan(plan, self, {"x": x, ..})                                one traceable graph
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeca_compile.capture.plan import DispatchPlan, run_plan
+from moeca_compile.capture.propose import Evidence, propose
+from moeca_compile.capture.recorder import record_experts
+from moeca_compile.capture.replay import close
+from moeca_compile.capture.sandbox import copy_arguments, exact_arithmetic
+from moeca_compile.capture.subject import Subject
+
+_MAX_CANDIDATES = 24
+
+
+@dataclass(frozen=True)
+class Found:
+    """A replacement that passed every check: a plain function that takes the owner first."""
+
+    replacement: Callable[..., Any]
+    plan: DispatchPlan
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why no replacement was found."""
+
+    reason: str
+
+
+def capture_method(subject: Subject) -> Found | Refused:
+    """Replace the method by a canonical dispatch, if its return value is one."""
+    names, defaults = _parameters(subject)
+    if not names:
+        return Refused("the method takes *args: its values cannot be named")
+    values, result, evidence = _record(subject, names, defaults)
+    reason = "the return value is no selection or weighted sum of expert outputs"
+    with exact_arithmetic(subject.device):
+        plans = [p for p, _ in zip(propose(evidence, values, result), range(_MAX_CANDIDATES), strict=False)]
+    for plan in plans:
+        failed = _failed_probe(subject, plan, values)
+        if failed:
+            reason = f"{failed} gives other values than the original"
+            continue
+        finished = _with_dtype(subject, plan, names, defaults)
+        replacement = make_method(finished, names, defaults)
+        disagreement = subject.disagreement(replacement)
+        if not disagreement:
+            return Found(replacement, finished)
+        reason = disagreement
+    return Refused(reason)
+
+
+def make_method(
+    plan: DispatchPlan, names: tuple[str, ...], defaults: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    """The canonical dispatch as a method with parameters `names`."""
+
+    def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        values = dict(defaults)
+        values.update(zip(names, args, strict=False))
+        values.update(kwargs)
+        return run_plan(plan, self, values)
+
+    return dispatch
+
+
+def _parameters(subject: Subject) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
+    parameters = list(inspect.signature(subject.method.function).parameters.values())[1:]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return (), ()
+    defaults = tuple((p.name, p.default) for p in parameters if p.default is not p.empty)
+    return tuple(p.name for p in parameters), defaults
+
+
+def _bind(
+    names: tuple[str, ...], defaults: tuple[tuple[str, Any], ...], args: Any, kwargs: Any
+) -> dict[str, Any]:
+    return {**dict(defaults), **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _record(
+    subject: Subject, names: tuple[str, ...], defaults: tuple[tuple[str, Any], ...]
+) -> tuple[dict[str, Any], Any, Evidence]:
+    """Arguments and result of the first call of the method while the owner's copy is replayed."""
+    seen: list[tuple[dict[str, Any], Any]] = []
+    with record_experts(subject.container) as calls:
+        first: list[int] = []
+
+        def record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            values = _bind(names, defaults, *copy_arguments((args, kwargs)))
+            result = MethodType(subject.method.declared, self)(*args, **kwargs)
+            if not seen:
+                seen.append((values, copy_arguments(result)))
+                first.append(len(calls))
+            return result
+
+        subject.exact(record)
+    if not seen:
+        raise ValueError("the method was not called again on the same input")
+    evidence = Evidence(
+        subject.copied, subject.bank_path, len(subject.site.bank.experts), tuple(calls[: first[0]])
+    )
+    return *seen[0], evidence
+
+
+def routings(ids: Tensor, experts: int) -> Iterator[tuple[str, Tensor]]:
+    """Expert numbers that a dispatch must handle: random, all on one expert, on two experts."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(0, high, ids.shape, generator=generator).to(ids)
+
+    yield "random routing", draw(experts)
+    yield "everything on one expert", torch.full_like(ids, experts - 1)
+    yield "only two experts", draw(2) * (experts - 1)
+
+
+def random_like(weights: Tensor) -> Tensor:
+    """Positive random weights of the same shape and dtype."""
+    generator = torch.Generator().manual_seed(2)
+    return (torch.rand(weights.shape, generator=generator) + 0.1).to(weights)
+
+
+def _failed_probe(subject: Subject, plan: DispatchPlan, values: Mapping[str, Any]) -> str:
+    owner = subject.copied
+    with exact_arithmetic(subject.device):
+        for name, ids in routings(values[plan.ids], plan.experts):
+            changed = {**values, plan.ids: ids}
+            if plan.weights:
+                changed[plan.weights] = random_like(values[plan.weights])
+            try:
+                expected = MethodType(subject.method.declared, owner)(**copy_arguments(changed))
+            except Exception as error:  # user code may fail in any way on a wrong guess
+                return f"{name}: the original raises {type(error).__name__}, a replacement"
+            if not close(run_plan(plan, owner, changed), expected):
+                return name
+    return ""
+
+
+def _with_dtype(
+    subject: Subject, plan: DispatchPlan, names: tuple[str, ...], defaults: tuple[tuple[str, Any], ...]
+) -> DispatchPlan:
+    """Name the argument whose dtype the original's result has, in the model's own dtypes."""
+    dtypes: dict[str, torch.dtype] = {}
+    found: list[torch.dtype] = []
+
+    def record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        values = _bind(names, defaults, args, kwargs)
+        dtypes.update({n: v.dtype for n, v in values.items() if isinstance(v, Tensor)})
+        result = MethodType(subject.method.declared, self)(*args, **kwargs)
+        found.append(result.dtype)
+        return result
+
+    subject.native(record)
+    return choose_dtype(plan, dtypes, found[0])
+
+
+def choose_dtype(
+    plan: DispatchPlan, dtypes: Mapping[str, torch.dtype], result: torch.dtype
+) -> DispatchPlan:
+    """`plan` with the local whose dtype equals the result's, rows first; unchanged if none does."""
+    if plan.combine == "none":
+        return plan
+    preferred = (plan.rows_argument.name, plan.weights, *dtypes)
+    name = next((n for n in preferred if n and dtypes.get(n) == result), "")
+    return replace(plan, dtype_name=name)

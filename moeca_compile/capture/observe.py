@@ -1,0 +1,212 @@
+"""One eager forward, watched: which functions call which experts, with how many rows.
+
+    MoE.forward -> [expert(x) for ..]   =>   Site(owner MoE, bank "experts", frames (MoE.forward,))
+
+Only the first call of each owner is kept; its arguments are copied, so the owner can be replayed
+alone as often as the analysis needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import CodeType, FrameType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeca_compile.capture.banks import Bank, find_banks
+from moeca_compile.capture.sandbox import copy_arguments
+
+_TORCH_MODULES = nn.Module.__module__.replace(".", "/")
+_MAX_CALLERS = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of `module` found on the stack above an expert call.
+
+    attribute: the name it is installed under; function: the plain function, undecorated; declared:
+    what the class or instance holds (maybe decorated); on_instance: it sits in the instance dict.
+    """
+
+    path: str
+    module: nn.Module
+    attribute: str
+    function: FunctionType
+    declared: Callable[..., Any]
+    on_instance: bool
+
+    @property
+    def location(self) -> str:
+        code = self.function.__code__
+        return f"{code.co_filename}:{code.co_firstlineno} {self.function.__qualname__}"
+
+
+@dataclass
+class Site:
+    """One bank and what was seen to call it, innermost caller first."""
+
+    bank: Bank
+    callers: tuple[Method, ...]
+    rows: dict[int, int] = field(default_factory=dict)
+    integers: list[Tensor] = field(default_factory=list)
+    location: str = ""
+
+    @property
+    def routed(self) -> bool:
+        """Whether an integer tensor in sight says how many rows each expert received."""
+        return any(counts_match(ids, self.rows, len(self.bank.experts)) for ids in self.integers)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether experts received different numbers of rows, or some none."""
+        return len({self.rows.get(i, 0) for i in range(len(self.bank.experts))}) > 1
+
+
+@dataclass(frozen=True)
+class Observation:
+    """sites: one per bank and calling method; arguments: first (args, kwargs) of each owner by id."""
+
+    sites: tuple[Site, ...]
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def counts_match(ids: Tensor, rows: dict[int, int], experts: int) -> bool:
+    """Whether ids in [0, experts) occur as often as experts received rows.
+
+    Experts that no id names may have been called on dummy rows.
+    """
+    if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= experts:
+        return False
+    counts = torch.bincount(ids.reshape(-1).long(), minlength=experts).tolist()
+    return all(count in (0, rows.get(index, 0)) for index, count in enumerate(counts)) and all(
+        counts[index] > 0 or seen <= 1 for index, seen in rows.items()
+    )
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is a tensor that could hold expert numbers."""
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def observe(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
+    """Run `root` once on copies of its arguments and note the calls of every bank's experts."""
+    watch = _Watch(root)
+    try:
+        root(*copy_arguments(args), **copy_arguments(kwargs))
+    finally:
+        watch.remove()
+    return Observation(tuple(watch.sites.values()), watch.arguments)
+
+
+class _Watch:
+    def __init__(self, root: nn.Module) -> None:
+        self.paths = {id(module): path for path, module in root.named_modules()}
+        self.sites: dict[tuple[int, int, CodeType], Site] = {}
+        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._frames: dict[tuple[int, int, CodeType], FrameType] = {}
+        self._handles: list[Any] = []
+        for bank in find_banks(root):
+            for index, expert in enumerate(bank.experts):
+                hook = self._expert_hook(bank, index)
+                self._handles.append(expert.register_forward_pre_hook(hook, with_kwargs=True))
+            for owner in _ancestors(root, bank.path):
+                handle = owner.register_forward_pre_hook(self._owner_hook, with_kwargs=True)
+                self._handles.append(handle)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._frames.clear()
+
+    def _owner_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) not in self.arguments:
+            self.arguments[id(module)] = (copy_arguments(args), copy_arguments(kwargs))
+
+    def _expert_hook(self, bank: Bank, index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._note(bank, index, args, kwargs, sys._getframe(1))
+
+        return hook
+
+    def _note(
+        self, bank: Bank, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> None:
+        frames = _callers(frame, self.paths, bank)
+        if not frames:
+            return
+        inner, method = frames[0]
+        key = (id(bank.container), id(method.module), inner.f_code)
+        if key not in self.sites:
+            location = f"{inner.f_code.co_filename}:{inner.f_lineno} {method.function.__qualname__}"
+            site = Site(bank, tuple(method for _, method in frames), location=location)
+            for seen, _ in frames:
+                values = seen.f_locals.values()
+                site.integers.extend(value.clone() for value in values if is_integer(value))
+            self.sites[key], self._frames[key] = site, inner
+        if self._frames[key] is not inner:
+            return  # a later call of the same function: the first one is enough
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
+        rows = self.sites[key].rows
+        rows[index] = rows.get(index, 0) + (tensors[0].shape[0] if tensors else 0)
+
+
+def _ancestors(root: nn.Module, path: str) -> list[nn.Module]:
+    """The bank at `path`, which may dispatch itself, and the modules above it, nearest first."""
+    parts = path.split(".") if path else []
+    chain = [root.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1)]
+    return chain[: _MAX_CALLERS + 1]
+
+
+def _callers(frame: FrameType, paths: dict[int, str], bank: Bank) -> list[tuple[FrameType, Method]]:
+    """Methods on the stack whose module holds the bank, innermost first.
+
+    Comprehension frames, hooks and torch's own frames have no such module as first local.
+    """
+    found: list[tuple[FrameType, Method]] = []
+    current: FrameType | None = frame
+    while current is not None and len(found) < _MAX_CALLERS:
+        method = _method_of(current, paths, bank)
+        if method is not None:
+            found.append((current, method))
+        current = current.f_back
+    return found
+
+
+def _method_of(frame: FrameType, paths: dict[int, str], bank: Bank) -> Method | None:
+    code = frame.f_code
+    if not code.co_argcount or code.co_filename == nn.Module.__call__.__code__.co_filename:
+        return None
+    owner = frame.f_locals.get(code.co_varnames[0])
+    if not isinstance(owner, nn.Module) or id(owner) not in paths:
+        return None
+    path = paths[id(owner)]
+    if path and owner is not bank.container and not bank.path.startswith(f"{path}."):
+        return None
+    return find_method(owner, path, code)
+
+
+def find_method(owner: nn.Module, path: str, code: CodeType) -> Method | None:
+    """The attribute of `owner` through which `code` runs, or None if it is not a method of it."""
+    for name, value in vars(owner).items():
+        if isinstance(value, MethodType) and value.__self__ is owner:
+            function = _undecorated(value.__func__, code)
+            if function is not None:
+                return Method(path, owner, name, function, value.__func__, True)
+    for cls in type(owner).__mro__:
+        for name, value in vars(cls).items():
+            function = _undecorated(value, code)
+            if function is not None and name not in vars(owner):
+                return Method(path, owner, name, function, value, False)
+    return None
+
+
+def _undecorated(value: Any, code: CodeType) -> FunctionType | None:
+    while isinstance(value, FunctionType):
+        if value.__code__ is code:
+            return value
+        value = getattr(value, "__wrapped__", None)
+    return None

@@ -1,0 +1,150 @@
+"""The canonical dispatch: what a recognised MoE computes, written so that Dynamo can trace it.
+
+    before:  loop over experts with host-side sizes
+    after:   y_e  = experts[e](moeca.expert_rows(x [T, Din], e), ...)         e = 0 .. E-1
+             rows = moeca.select_experts(ids [T, K], [y_0 ..])                [T, K, D]
+             out  = (rows * w [T, K, 1]).sum(1), or rows themselves           original layout
+
+A plan holds names only, no tensor and no module, so one plan serves every copy of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeca_compile import ops as _ops  # noqa: F401  registers the marker ops
+
+ROWS = "rows"
+VALUE = "value"
+CONSTANT = "constant"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Where one expert argument comes from.
+
+    rows: local `name`, one row a token, its first `flatten` dims are the tokens.
+    value: local `name` as it is. constant: the Python constant `constant`.
+    """
+
+    kind: str
+    name: str = ""
+    flatten: int = 1
+    constant: object = None
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """One dispatch in terms of the local names of the function that holds it.
+
+    ids: integers, slots_first False: [.., K] or flat [T*K]; True: [K, T] or flat [K*T].
+    combine: "none" (branches), "sum" or "weighted"; weights: [T*K] in ids' order, or dense [T, E].
+    layout: shape of the result, see `arrange`. accumulate: add to local `target`'s old value.
+    dtype_name: local whose dtype the result has, "" to keep what the arithmetic gives.
+    """
+
+    bank_path: tuple[str, ...]
+    experts: int
+    slots: int
+    ids: str
+    slots_first: bool
+    positional: tuple[Argument, ...]
+    keyword: tuple[tuple[str, Argument], ...]
+    combine: str
+    weights: str
+    dense_weights: bool
+    layout: str
+    accumulate: str
+    dtype_name: str
+
+    @property
+    def rows_argument(self) -> Argument:
+        """The argument that carries the token rows."""
+        arguments = (*self.positional, *(argument for _, argument in self.keyword))
+        return next(argument for argument in arguments if argument.kind == ROWS)
+
+
+def run_plan(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any]) -> Tensor:
+    """Evaluate `plan` with `module` as its owner; `values` maps local names to values.
+
+    Raises ValueError when the bank or the shapes no longer are what was recognised.
+    """
+    branches = run_branches(plan, module, values)
+    return finish_plan(plan, branches, values)
+
+
+def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any]) -> Tensor:
+    """The rows the experts chosen for each token return: [T, K, D]."""
+    container = module
+    for name in plan.bank_path:
+        container = getattr(container, name)
+    experts = list(container._modules.values())
+    if len(experts) != plan.experts:
+        raise ValueError(f"captured {plan.experts} experts, found {len(experts)}: capture again")
+    ids = _by_token(values[plan.ids], plan)
+    rows = plan.rows_argument
+    if _rows(values[rows.name], rows).shape[0] != ids.shape[0]:
+        raise ValueError(f"'{plan.ids}' does not hold {plan.slots} experts a token: capture again")
+    outputs = []
+    for index in range(plan.experts):
+        args = [_argument(argument, index, values) for argument in plan.positional]
+        kwargs = {name: _argument(argument, index, values) for name, argument in plan.keyword}
+        outputs.append(experts[index](*args, **kwargs))
+    return torch.ops.moeca.select_experts(ids, outputs)
+
+
+def finish_plan(plan: DispatchPlan, branches: Tensor, values: Mapping[str, Any]) -> Tensor:
+    """Weigh, sum and lay out branches [T, K, D] as the original did."""
+    result = branches
+    if plan.combine == "weighted":
+        result = branches * token_weights(plan, values).unsqueeze(-1)
+    if plan.dtype_name:
+        result = result.to(values[plan.dtype_name].dtype)
+    if plan.combine != "none":
+        result = result.sum(1)
+    result = arrange(plan.layout, result, values[plan.rows_argument.name], plan.rows_argument)
+    return values[plan.accumulate] + result if plan.accumulate else result
+
+
+def token_weights(plan: DispatchPlan, values: Mapping[str, Any]) -> Tensor:
+    """Router weights [T, K]."""
+    weights = values[plan.weights]
+    if plan.dense_weights:
+        return weights.reshape(-1, plan.experts).gather(1, _by_token(values[plan.ids], plan).long())
+    return _by_token(weights, plan)
+
+
+def arrange(layout: str, result: Tensor, source: Tensor, argument: Argument) -> Tensor:
+    """Give [T, D] or [T, K, D] the original's shape.
+
+    flat: leave it; merged: [T*K, D]; lead: the leading dims of the rows' source instead of T.
+    """
+    if layout == "merged":
+        return result.flatten(0, 1)
+    if layout == "lead":
+        return result.unflatten(0, source.shape[: argument.flatten])
+    return result
+
+
+def _by_token(value: Tensor, plan: DispatchPlan) -> Tensor:
+    if plan.slots_first:
+        return value.reshape(plan.slots, -1).t()
+    return value.reshape(-1, plan.slots)
+
+
+def _rows(value: Tensor, argument: Argument) -> Tensor:
+    return value if argument.flatten == 1 else value.flatten(0, argument.flatten - 1)
+
+
+def _argument(argument: Argument, expert: int, values: Mapping[str, Any]) -> Any:
+    if argument.kind == CONSTANT:
+        return argument.constant
+    value = values[argument.name]
+    if argument.kind == VALUE:
+        return value
+    return torch.ops.moeca.expert_rows(_rows(value, argument), expert)

@@ -1,0 +1,93 @@
+"""One owner module under analysis: its exact copy, its recorded arguments, and how to replay it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeca_compile.capture.observe import Method, Site
+from moeca_compile.capture.replay import close, exact_arguments, exact_copy, probe_arguments
+from moeca_compile.capture.sandbox import copy_arguments, exact_arithmetic
+
+Replacement = Callable[..., Any]
+
+
+@dataclass
+class Subject:
+    """`method` of an owner, with a copy of the owner to experiment on.
+
+    copied: the owner's copy in float32 / float64; container: the bank within the copy;
+    arguments: recorded (args, kwargs) of the owner, in the copy's dtypes.
+    """
+
+    site: Site
+    method: Method
+    bank_path: tuple[str, ...]
+    recorded: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        with exact_arithmetic(self.device):
+            self.copied, moved = exact_copy(self.method.module, [self.site.bank.container])
+            self.arguments = exact_arguments(self.recorded)
+        self.container = moved[id(self.site.bank.container)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the owner's parameters."""
+        return next(self.method.module.parameters()).device
+
+    def replay(self, owner: nn.Module, arguments: Any, replacement: Replacement) -> Any:
+        """Call `owner` with `replacement` (a plain function taking self) in place of the method."""
+        name = self.method.attribute
+        had, old = name in vars(owner), vars(owner).get(name)
+        setattr(owner, name, MethodType(replacement, owner))
+        args, kwargs = copy_arguments(arguments)
+        try:
+            return owner(*args, **kwargs)
+        finally:
+            if had:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+    def exact(self, replacement: Replacement, arguments: Any = None) -> Any:
+        """Replay the copy in exact arithmetic on `arguments` (default: the recorded ones)."""
+        with exact_arithmetic(self.device):
+            chosen = self.arguments if arguments is None else arguments
+            return self.replay(self.copied, chosen, replacement)
+
+    def native(self, replacement: Replacement) -> Any:
+        """Replay in the model's own dtypes and autocast state, on a copy that shares weights."""
+        with torch.no_grad():
+            return self.replay(self._native_copy, self.recorded, replacement)
+
+    @functools.cached_property
+    def _native_copy(self) -> nn.Module:
+        module = self.method.module
+        return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+    def disagreement(self, replacement: Replacement) -> str:
+        """Compare the whole owner before and after on every probe; "" or what differed."""
+        for name, arguments in probe_arguments(self.arguments):
+            expected, expected_error = self._outcome(self.method.declared, arguments)
+            found, found_error = self._outcome(replacement, arguments)
+            if (expected_error is None) != (found_error is None):
+                return f"{name} input: {expected_error or found_error!r} on one side only"
+            if expected_error is None and not close(found, expected):
+                return f"{name} input gives other values than the original dispatch"
+        return ""
+
+    def _outcome(self, replacement: Replacement, arguments: Any) -> tuple[Any, Exception | None]:
+        used = copy_arguments(arguments)
+        try:
+            result = self.exact(replacement, used)
+        except Exception as error:  # user code: the error itself is what gets compared
+            return None, error
+        return result, None

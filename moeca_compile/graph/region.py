@@ -1,0 +1,92 @@
+"""Typed results of matching: regions that can be cached by row, and near misses with a reason.
+
+    MoERegion        routed_experts node, router ids / weights [T, K], combine, shared experts
+    AttentionRegion  root [B, N, D] down to the attention core, with row-cached K and V
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from .layout import Layout, RowSpace
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """Something that looks like a region but is refused. kind: "moe" or "attention"."""
+
+    kind: str
+    name: str
+    reason: str
+    node: Node
+
+
+@dataclass(frozen=True)
+class RowRoot:
+    """A value cached by token row: its node and where the rows are in it."""
+
+    node: Node
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class AttentionRegion:
+    """Attention from its output `root` to the `core` (SDPA or the product with V)."""
+
+    name: str
+    space: RowSpace
+    root: RowRoot
+    core: Node
+    key_value: tuple[RowRoot, ...]
+
+
+@dataclass(frozen=True)
+class MoERegion:
+    """Router -> experts -> combine. `attention`: regions synchronised with this layer's routing."""
+
+    name: str
+    space: RowSpace
+    routed: Node
+    ids: Node
+    weights: Node
+    rows: tuple[Node, ...]
+    combine: Node
+    num_experts: int
+    top_k: int
+    shared: tuple[RowRoot, ...] = ()
+    attention: tuple[AttentionRegion, ...] = ()
+
+
+@dataclass(frozen=True)
+class Regions:
+    """All that was matched in one graph, in graph order."""
+
+    moe: tuple[MoERegion, ...]
+    attention: tuple[AttentionRegion, ...]
+    missed: tuple[NoMatch, ...] = ()
+    needed: frozenset[Node] = frozenset()  # what a reuse step evaluates on all rows
+
+    @property
+    def paired(self) -> tuple[AttentionRegion, ...]:
+        return tuple(a for m in self.moe for a in m.attention)
+
+
+def module_path(node: Node) -> str:
+    """Module path of a node, e.g. `blocks.0.moe`; its own name where the trace has none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['(?:self|fn)'\]\.?|^self\.?", "", path)
+    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
+    path = re.sub(r"\._modules\.|\[(\d+)\]", lambda m: f".{m.group(1)}" if m.group(1) else ".", path)
+    return path or "(root)"
+
+
+def source_line(node: Node) -> str:
+    """`file:line` in the user's code that made the node; empty where the trace has none."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
+    return f"{found[-1][0]}:{found[-1][1]}" if found else ""

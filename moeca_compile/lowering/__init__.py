@@ -1,0 +1,1 @@
+"""From the `moeca::` dialect to a compiled callable."""

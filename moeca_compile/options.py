@@ -1,0 +1,200 @@
+"""What a user may ask for, validated once, before anything is traced.
+
+torch.compile(model, backend="moeca", options={"intervall": 4})
+->  OptionsError: unknown option 'intervall'; did you mean 'interval'? valid: alpha, ...
+
+Options.parse({"interval": 6}, budget=0.1)  ->  Options(interval=6, budget=0.1, ...)  (frozen)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeca_compile.errors import OptionsError, OptionsTypeError, name_nearest
+from moeca_compile.policies import POLICIES
+
+DUMP_DIR_ENV = "MOECA_DUMP_DIR"
+SCORES = ("input_drift", "moeca")
+ORDERS = ("attention_first", "router_first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of the backend. Wrong name, type or range: `OptionsError`, on construction."""
+
+    policy: str = "moeca"
+    """Which rule decides what is recomputed. Default "moeca" (the paper's). A name, no unit."""
+
+    interval: int = 4
+    """Every `interval`-th step is a refresh; no cached row gets older than `interval - 1` steps.
+    1 turns caching off. Default 4, in steps (paper: refresh every N = 4 steps on average)."""
+
+    tau: float = 0.8
+    """Base threshold on the layer-normalised score; a matched branch above it is recomputed.
+    Default 0.8, no unit (paper: tau0)."""
+
+    alpha: float = 0.6
+    """How far an expert's threshold moves with its spatial entropy, in [0, 1].
+    Default 0.6, no unit (paper: expert-aware threshold)."""
+
+    beta: float = 0.65
+    """Memory of the spatial statistic C, in [0, 1); 0 looks at the current step only.
+    Default 0.65, no unit (paper: expert-aware threshold)."""
+
+    lambda_drift: float = 1.0
+    """Weight of the router-weight drift in score="moeca". Default 1.0, no unit (paper: l1)."""
+
+    lambda_share: float = 0.6
+    """Weight of a branch's share of the output norm in score="moeca".
+    Default 0.6, no unit (paper: l2)."""
+
+    score: str = "input_drift"
+    """"moeca": the paper's score. "input_drift": router weight x cached output norm x relative
+    drift of the expert's input. Default "input_drift", no unit (paper: score; drift is ours)."""
+
+    budget: float | None = None
+    """Share of the branches recomputed on a reuse step, in (0, 1]. Default None: the threshold
+    rule decides, the count varies (paper: threshold; the budget is ours)."""
+
+    order: str = "router_first"
+    """"router_first": the router sees cached attention, as in the paper's synchronisation.
+    "attention_first": attention of the most drifted tokens first, needs `budget`.
+    Default "router_first", no unit (paper: synchronisation)."""
+
+    warmup_steps: int = 0
+    """The first steps of a generation that are always refreshed; the very first one always is.
+    Default 0, in steps (ours)."""
+
+    timestep: str | None = None
+    """Name of the model's timestep argument. Default None: found by its usual names and shape.
+    A name, no unit (ours)."""
+
+    strict: bool = False
+    """Raise where the backend would otherwise fall back to plain Inductor and say so.
+    Default False, no unit (ours)."""
+
+    dump_dir: str | None = None
+    """Folder for graph dumps after every stage. Default None: the environment variable
+    MOECA_DUMP_DIR, and none without it. A path, no unit (ours)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Options:
+        _refuse_unknown(kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._choice("policy", POLICIES)
+        self._choice("score", SCORES)
+        self._choice("order", ORDERS)
+        self._integer("interval", at_least=1)
+        self._integer("warmup_steps", at_least=0)
+        self._real("tau", "a finite number >= 0", lambda v: v >= 0)
+        self._real("alpha", "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        self._real("beta", "a number in [0, 1)", lambda v: 0 <= v < 1)
+        self._real("lambda_drift", "a finite number", lambda _: True)
+        self._real("lambda_share", "a finite number", lambda _: True)
+        if self.budget is not None:
+            self._real("budget", "None or a number in (0, 1]", lambda v: 0 < v <= 1)
+        self._texts()
+        if self.order == "attention_first" and self.budget is None:
+            raise OptionsError(
+                "option order='attention_first': expected budget to be a number in (0, 1], "
+                "got budget=None; set budget or use order='router_first'"
+            )
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | Options | None = None, **extra: Any) -> Options:
+        """Options from what `torch.compile(options=...)` passed; `extra` overrides it.
+
+        Raises OptionsError for an unknown name or a bad value, OptionsTypeError for a bad type.
+        """
+        if options is None:
+            return cls(**extra)
+        if isinstance(options, Options):
+            _refuse_unknown(extra)
+            return dataclasses.replace(options, **extra)
+        if not isinstance(options, Mapping):
+            raise OptionsTypeError(
+                f"options: expected a mapping, Options or None, got {type(options).__name__}"
+            )
+        _refuse_unknown(options)
+        return cls(**{**options, **extra})
+
+    @property
+    def resolved_dump_dir(self) -> Path | None:
+        """`dump_dir`, else the environment's MOECA_DUMP_DIR, else None; read at call time."""
+        folder = self.dump_dir or os.environ.get(DUMP_DIR_ENV)
+        return Path(folder) if folder else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name; `Options.parse(o.to_dict()) == o`, JSON-serialisable."""
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """Hex digest of every option that can change a result; the same in every process.
+
+        `dump_dir` is left out: it only decides where text is written.
+        """
+        fields = {name: value for name, value in self.to_dict().items() if name != "dump_dir"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen: normalised once, in __post_init__ only
+
+    def _choice(self, name: str, valid: Any) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            raise _type_error(name, "a string", value)
+        if value not in valid:
+            raise OptionsError(
+                f"option {name}: unknown value {value!r}{name_nearest(value, valid)}"
+            )
+
+    def _integer(self, name: str, *, at_least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise _type_error(name, f"an integer >= {at_least}", value)
+        if value < at_least:
+            raise OptionsError(f"option {name}: expected an integer >= {at_least}, got {value!r}")
+        self._set(name, int(value))
+
+    def _real(self, name: str, expected: str, accepts: Any) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise _type_error(name, expected, value)
+        if not math.isfinite(value) or not accepts(value):
+            raise OptionsError(f"option {name}: expected {expected}, got {value!r}")
+        self._set(name, float(value))
+
+    def _texts(self) -> None:
+        if not isinstance(self.strict, bool):
+            raise _type_error("strict", "True or False", self.strict)
+        if self.timestep is not None and not isinstance(self.timestep, str):
+            raise _type_error("timestep", "None or an argument's name", self.timestep)
+        if self.timestep == "":
+            raise OptionsError("option timestep: expected None or an argument's name, got ''")
+        if self.dump_dir is not None:
+            if not isinstance(self.dump_dir, (str, os.PathLike)):
+                raise _type_error("dump_dir", "None or a path", self.dump_dir)
+            self._set("dump_dir", os.fspath(self.dump_dir))
+
+
+def _refuse_unknown(given: Mapping[Any, Any]) -> None:
+    valid = [field.name for field in dataclasses.fields(Options)]
+    for name in given:
+        if name not in valid:
+            raise OptionsError(f"unknown option {name!r}{name_nearest(name, valid)}")
+
+
+def _type_error(name: str, expected: str, value: object) -> OptionsTypeError:
+    return OptionsTypeError(
+        f"option {name}: expected {expected}, got {value!r} of type {type(value).__name__}"
+    )

@@ -1,0 +1,131 @@
+"""Which tensors a set of regions keeps between steps: names, shapes, bytes, before allocation.
+
+    MoE layer "blocks.0.moe", T tokens, K slots, D wide:
+        slot_ids [T, K]  slot_weight [T, K]  slot_norm [T * K + 1]  slot_out [T * K + 1, D]
+        spatial [E, N]   attn0, key_value0.. [T + 1, W]  shared0 [T + 1, D]
+        token_in0 [T + 1, Din]  slot_drift [T, K]        only where the drift is scored
+    The row behind the last takes the writes of padding rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ..graph.region import AttentionRegion, MoERegion, Regions, RowRoot
+from ..graph.row_cache import RowCache
+from ..options import Options
+from ..runtime.store import CacheLayout, CacheSpec
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Row caches of one attention region; `input` is the cached input under attention_first."""
+
+    region: AttentionRegion
+    root: RowCache
+    key_value: tuple[RowCache, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Everything one MoE layer keeps between steps."""
+
+    region: MoERegion
+    prefix: str
+    attention: tuple[AttentionPlan, ...]
+    shared: tuple[RowCache, ...]
+    tracks_drift: bool
+
+    def name(self, field: str) -> str:
+        return f"{self.prefix}.{field}"
+
+    @property
+    def tokens(self) -> int:
+        return self.region.space.rows
+
+    @property
+    def branches(self) -> int:
+        return self.tokens * self.region.top_k
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """All layers and the layout of one lane's tensors."""
+
+    layers: tuple[LayerPlan, ...]
+    layout: CacheLayout
+    needed: frozenset[Node]  # nodes that a reuse step evaluates on all rows
+
+    @property
+    def scratch(self) -> frozenset[str]:
+        """Tensors with a row for padding behind their last row."""
+        return frozenset(s.name for s in self.layout.specs if s.kind in ROW_KINDS)
+
+
+ROW_KINDS = ("branch", "norm", "attention", "key_value", "shared", "input")
+
+
+def plan_cache(regions: Regions, options: Options) -> CachePlan:
+    """Plan the caches of all MoE layers."""
+    layers = tuple(_plan_layer(r, i, options) for i, r in enumerate(regions.moe))
+    return CachePlan(layers, CacheLayout(s for layer in layers for s in _specs(layer)), regions.needed)
+
+
+def _plan_layer(region: MoERegion, number: int, options: Options) -> LayerPlan:
+    prefix = f"{number}.{region.name}"
+
+    def cache(name: str, root: RowRoot) -> RowCache:
+        return RowCache(f"{prefix}.{name}", root, region.space)
+
+    attention = tuple(
+        AttentionPlan(
+            a,
+            cache(f"attention{i}", a.root),
+            tuple(cache(f"attention{i}.kv{j}", r) for j, r in enumerate(a.key_value)),
+        )
+        for i, a in enumerate(region.attention)
+    )
+    shared = tuple(cache(f"shared{i}", r) for i, r in enumerate(region.shared))
+    tracks = options.score == "input_drift" or options.order == "attention_first"
+    return LayerPlan(region, prefix, attention, shared, tracks)
+
+
+def _specs(layer: LayerPlan) -> list[CacheSpec]:
+    region = layer.region
+    device = _val(region.routed).device
+    tokens, slots = layer.tokens, region.top_k
+
+    def spec(field: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str, fill: float = 0):
+        return CacheSpec(layer.name(field), shape, dtype, device, kind, fill)
+
+    out = _val(region.routed)
+    specs = [
+        spec("slot_ids", (tokens, slots), _val(region.ids).dtype, "slot", -1),
+        spec("slot_weight", (tokens, slots), torch.float32, "slot"),
+        spec("slot_norm", (tokens * slots + 1,), torch.float32, "norm"),
+        spec("slot_out", (tokens * slots + 1, out.shape[-1]), out.dtype, "branch"),
+        spec("spatial", (region.num_experts, region.space.tokens), torch.float32, "spatial"),
+    ]
+    if layer.tracks_drift:
+        specs.append(spec("slot_drift", (tokens, slots), torch.float32, "slot"))
+        for i, rows in enumerate(region.rows):
+            width = _val(rows).numel() // tokens
+            specs.append(spec(f"token_in{i}", (tokens + 1, width), _val(rows).dtype, "input"))
+    for plan in layer.attention:
+        specs.append(_row_spec(plan.root, "attention"))
+        specs += [_row_spec(c, "key_value") for c in plan.key_value]
+    specs += [_row_spec(c, "shared") for c in layer.shared]
+    return specs
+
+
+def _row_spec(cache: RowCache, kind: str) -> CacheSpec:
+    value = _val(cache.root.node)
+    shape = (cache.space.rows + 1, cache.width)
+    return CacheSpec(cache.name, shape, value.dtype, value.device, kind)
+
+
+def _val(node: Node) -> torch.Tensor:
+    return node.meta["val"]

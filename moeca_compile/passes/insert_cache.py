@@ -1,0 +1,153 @@
+"""The variants of a step, with explicit cache nodes around the matched regions.
+
+    plain    as written, experts grouped
+    refresh  as written + cache_fill / cache_write of everything a reuse step may read
+    reuse    expert_thresholds, guard_branches -> rows; region roots become cache_write of the
+             selected rows followed by cache_read
+
+Each builder is run under tracing: `variant_outputs` evaluates the graph's outputs with the region
+roots replaced. Caches arrive by name as extra inputs; counters leave as an extra output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.traceback import set_current_meta
+
+from ..graph.evaluate import Evaluator
+from ..graph.experts import ExpertRows, per_expert, sort_branches
+from ..graph.region import MoERegion
+from ..options import Options
+from .cache_plan import CachePlan, LayerPlan
+from .reuse_layer import ReuseLayer
+
+moeca = torch.ops.moeca
+VARIANTS = ("plain", "refresh", "reuse")
+
+
+@dataclass(frozen=True)
+class VariantInputs:
+    """What a variant's traced function receives besides the model's own inputs."""
+
+    caches: dict[str, Tensor]
+    count_branches: Tensor | None = None  # CPU int64 scalar: branches per sample under a budget
+    count_tokens: Tensor | None = None  # CPU int64 scalar: tokens per sample (attention first)
+
+
+def variant_outputs(
+    gm: GraphModule,
+    plan: CachePlan,
+    options: Options,
+    variant: str,
+    inputs: dict[Node, Any],
+    extra: VariantInputs,
+) -> tuple[list[Any], Tensor | None]:
+    """(the model's outputs, counters [layers, fields] or None), evaluated under tracing."""
+    evaluator = Evaluator(gm, inputs)
+    reuse: list[ReuseLayer] = []
+    for layer in plan.layers:
+        if variant == "reuse":
+            reuse.append(ReuseLayer(evaluator, layer, options, extra, plan.needed))
+            reuse[-1].install()
+        else:
+            _install_full(evaluator, layer, options, extra.caches if variant == "refresh" else None)
+    # Layer by layer, so that the recursion never gets deeper than one layer.
+    for layer in plan.layers:
+        evaluator.value(layer.region.combine)
+    outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    counters = torch.stack([r.counters() for r in reuse]) if reuse else None
+    return outputs, counters
+
+
+def _install_full(
+    evaluator: Evaluator, layer: LayerPlan, options: Options, caches: dict[str, Tensor] | None
+) -> None:
+    """Every row is computed; with `caches` every row is also stored."""
+    region = layer.region
+    evaluator.replace(region.routed, lambda: _route_all(evaluator, layer, options, caches))
+    if caches is None:
+        return
+
+    def stored(cache_name: str, node: Node, to_rows: Callable[[Tensor], Tensor]) -> None:
+        def build() -> None:
+            value = run_own(evaluator, node)
+            evaluator.set(node, value)
+            with set_current_meta(node):
+                moeca.cache_fill(caches[cache_name], to_rows(value))
+
+        evaluator.replace(node, build)
+
+    for attention in layer.attention:
+        for cache in (attention.root, *attention.key_value):
+            stored(cache.name, cache.root.node, cache.to_rows)
+    for cache in layer.shared:
+        stored(cache.name, cache.root.node, cache.to_rows)
+
+
+def run_own(evaluator: Evaluator, node: Node) -> Any:
+    """A replaced node's own op."""
+    args = torch.fx.map_arg(node.args, evaluator.value)
+    kwargs = torch.fx.map_arg(node.kwargs, evaluator.value)
+    with set_current_meta(node):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _route_all(
+    evaluator: Evaluator, layer: LayerPlan, options: Options, caches: dict[str, Tensor] | None
+) -> None:
+    region = layer.region
+    with set_current_meta(region.routed):
+        ids = evaluator.value(region.ids).reshape(layer.tokens, region.top_k)
+        rows = [evaluator.value(r).reshape(layer.tokens, -1) for r in region.rows]
+        order, groups = sort_branches(ids.reshape(-1), region.num_experts)
+        token = torch.div(order, region.top_k, rounding_mode="floor")
+        out = run_experts(evaluator, region, [r.index_select(0, token) for r in rows], groups)
+        if caches is None:
+            branches = out.index_select(0, torch.argsort(order))
+        else:
+            moeca.cache_write(caches[layer.name("slot_out")], order, out)
+            branches = moeca.cache_read(caches[layer.name("slot_out")], layer.branches)
+            _store_slots(evaluator, layer, options, caches, ids, rows, order, out)
+        evaluator.set(region.routed, branches.reshape(layer.tokens, region.top_k, -1))
+
+
+def run_experts(evaluator: Evaluator, region: MoERegion, rows: list[Tensor], groups: Any) -> Tensor:
+    """Expert outputs of rows sorted by expert: [R, D]."""
+    body, _, _, params = region.routed.args
+    body = getattr(evaluator.gm, str(body.target))  # type: ignore[union-attr]
+    values = torch.fx.map_arg(params, evaluator.value)
+    return ExpertRows(body, rows, [per_expert(p) for p in values], groups).run()
+
+
+def _store_slots(
+    evaluator: Evaluator,
+    layer: LayerPlan,
+    options: Options,
+    caches: dict[str, Tensor],
+    ids: Tensor,
+    rows: list[Tensor],
+    order: Tensor,
+    out: Tensor,
+) -> None:
+    def cache(field: str) -> Tensor:
+        return caches[layer.name(field)]
+
+    weights = evaluator.value(layer.region.weights).reshape(ids.shape).float().abs()
+    share = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
+    moeca.cache_fill(cache("slot_ids"), ids)
+    moeca.cache_fill(cache("slot_weight"), share)
+    moeca.cache_write(cache("slot_norm"), order, out.float().norm(dim=-1))
+    spatial, _ = moeca.expert_thresholds(
+        cache("spatial"), ids, options.tau, options.alpha, options.beta
+    )
+    moeca.cache_fill(cache("spatial"), spatial)
+    if layer.tracks_drift:
+        moeca.cache_fill(cache("slot_drift"), torch.zeros_like(share))
+        for i, r in enumerate(rows):
+            moeca.cache_fill(cache(f"token_in{i}"), r)

@@ -1,0 +1,225 @@
+"""Find router -> experts -> combine and attention, by dataflow; the graph is not changed.
+
+Every claim is checked by a dry run of the push-down on fake rows: an attention region is one whose
+output rows can be computed from the query rows of the core; a shared expert is a row function of
+the expert input; attention belongs to a MoE layer if only elementwise work lies between them.
+
+    [B, N, D] root <- projection <- core <- q rows, K root, V root      AttentionRegion
+    combine = weights [T, K] x routed_experts [T, K, D]                  MoERegion
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graph.attention import find_attention, pull_attention
+from ..graph.dataflow import ancestors, descendants, is_heavy
+from ..graph.dry_run import dry_pull
+from ..graph.experts import num_experts_of, routed_experts
+from ..graph.layout import RowSpace, row_layout, tags
+from ..graph.region import (
+    AttentionRegion,
+    MoERegion,
+    NoMatch,
+    Regions,
+    RowRoot,
+    module_path,
+)
+from ..graph.row_rules import VIEWS, shape_of
+
+aten = torch.ops.aten
+CASTS = {aten.to.dtype, aten.type_as.default, aten._to_copy.default, aten.clone.default}
+THROUGH = VIEWS | CASTS | {aten.contiguous.default}
+PRODUCTS = {aten.mul.Tensor, aten.mul_.Tensor}
+CONTRACTIONS = {aten.bmm.default, aten.matmul.default, aten.einsum.default}
+
+
+def match_regions(gm: GraphModule) -> Regions:
+    """All regions of a normalised graph, and the near misses with reason and node."""
+    missed: list[NoMatch] = []
+    attention = find_attention(gm, missed)
+    routed = [n for n in gm.graph.nodes if n.target is routed_experts]
+    drafts = [d for n in routed if (d := _draft_moe(n, attention, missed))]
+    cuts = {d.routed for d in drafts} | {a.root.node for a in attention}
+    needed = needed_in_full(gm, drafts, cuts)
+    taken: set[Node] = set()
+    regions = []
+    for draft in drafts:
+        region = _pair_attention(draft, attention, cuts, needed, taken, missed)
+        regions.append(replace(region, shared=_shared_experts(region, gm, drafts, cuts)))
+    roots = {r.routed for r in regions}
+    roots |= {a.root.node for r in regions for a in r.attention}
+    roots |= {s.node for r in regions for s in r.shared}
+    final = frozenset(needed_in_full(gm, regions, roots))
+    return Regions(tuple(regions), tuple(attention), tuple(missed), final)
+
+
+def needed_in_full(gm: GraphModule, regions: list[MoERegion], cuts: set[Node]) -> set[Node]:
+    """Nodes a reuse step evaluates on all rows: everything but the inside of regions."""
+    seeds = [gm.graph.output_node()]
+    for region in regions:
+        seeds += [region.ids, region.weights, *region.rows]
+    return ancestors(seeds, stop=cuts)
+
+
+def _draft_moe(
+    routed: Node, attention: list[AttentionRegion], missed: list[NoMatch]
+) -> MoERegion | None:
+    _, ids, rows, params = routed.args
+    name = module_path(routed)
+    tokens, top_k = shape_of(ids)
+    found = _combine(routed, tokens, top_k)
+    if isinstance(found, NoMatch):
+        missed.append(found)
+        return None
+    combine, weights = found
+    space = next((a.space for a in attention if a.space.rows == tokens), RowSpace(1, tokens))
+    return MoERegion(
+        name=name,
+        space=space,
+        routed=routed,
+        ids=ids,  # type: ignore[arg-type]
+        weights=weights,
+        rows=tuple(rows),  # type: ignore[arg-type]
+        combine=combine,
+        num_experts=num_experts_of(params),  # type: ignore[arg-type]
+        top_k=top_k,
+    )
+
+
+def _combine(routed: Node, tokens: int, top_k: int) -> tuple[Node, Node] | NoMatch:
+    """(combine node, router weights node): the product of branch outputs with [T, K] weights."""
+
+    def miss(reason: str, node: Node) -> NoMatch:
+        return NoMatch("moe", module_path(routed), reason, node)
+
+    node = routed
+    while True:
+        if len(node.users) != 1:
+            return miss("the branch outputs are used in several places before they are weighted", node)
+        (user,) = node.users
+        if user.target in THROUGH:
+            node = user
+            continue
+        break
+    if user.target not in PRODUCTS | CONTRACTIONS:
+        return miss(f"expected branch outputs times router weights, found {user.target}", user)
+    operands = [a for a in torch.utils._pytree.tree_leaves(user.args) if isinstance(a, Node)]
+    other = [a for a in operands if a is not node]
+    if len(other) != 1:
+        return miss("branch outputs are not multiplied by one tensor of router weights", user)
+    weights = other[0]
+    while weights.target in THROUGH and sorted(shape_of(weights)) != sorted((tokens, top_k)):
+        weights = weights.args[0]  # type: ignore[assignment]
+    if shape_of(weights) not in ([tokens, top_k], [tokens * top_k]) and (
+        [s for s in shape_of(weights) if s != 1] != [s for s in (tokens, top_k) if s != 1]
+    ):
+        return miss(f"router weights of shape {shape_of(weights)}, expected {[tokens, top_k]}", user)
+    if user.target in PRODUCTS and top_k > 1 and not _summed_over_slots(user, top_k):
+        return miss("weighted branches are not summed over the slots of a token", user)
+    return user, weights
+
+
+def _summed_over_slots(product: Node, top_k: int) -> bool:
+    """The order of the slots must not matter: the product ends in a sum over them."""
+    node = product
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target is aten.sum.dim_IntList:
+            shape = shape_of(node)
+            dims = [d % len(shape) for d in user.args[1]]  # type: ignore[union-attr]
+            return len(shape) > 2 and dims == [len(shape) - 2] and shape[dims[0]] == top_k
+        if user.target not in THROUGH:
+            return False
+        node = user
+    return False
+
+
+def _pair_attention(
+    draft: MoERegion,
+    attention: list[AttentionRegion],
+    cuts: set[Node],
+    needed: set[Node],
+    taken: set[Node],
+    missed: list[NoMatch],
+) -> MoERegion:
+    before = ancestors([*draft.rows, draft.ids, draft.weights], stop=cuts)
+    to_rows = ancestors(list(draft.rows), stop=cuts)
+    paired = []
+    for region in attention:
+        root = region.root.node
+        if root not in before or root in taken:
+            continue
+        reason = _unpairable(draft, region, to_rows, needed, cuts)
+        if reason:
+            missed.append(NoMatch("attention", region.name, reason, root))
+            continue
+        taken.add(root)
+        paired.append(region)
+    return replace(draft, attention=tuple(paired))
+
+
+def _unpairable(
+    draft: MoERegion,
+    region: AttentionRegion,
+    to_rows: set[Node],
+    needed: set[Node],
+    cuts: set[Node],
+) -> str | None:
+    root = region.root.node
+    heavy = [n for n in descendants(root, stop=cuts) & to_rows if is_heavy(n) and n is not root]
+    if heavy:
+        return f"{heavy[0].name} lies between this attention and the next routing"
+    if region.space != draft.space:
+        return f"attends {region.space.rows} rows, the MoE layer routes {draft.space.rows}"
+    for rows in draft.rows:
+        layout = row_layout(shape_of(rows), draft.space)
+        if layout is None:
+            return "the expert input has no token rows in front"
+        outside = needed - descendants(root, stop=cuts)
+        dry = dry_pull(rows, layout, draft.space, outside | cuts, per_sample=True)
+        if dry is None or root in dry.stops or dry.requested.get(root) not in (None, region.root.layout):
+            return "the order of the token rows changes between attention and routing"
+    dry = pull_attention(region, needed)
+    if dry is None or region.core not in dry.pulled:
+        reason = "its rows cannot be computed alone"
+        return reason if dry is None else f"{reason}: {next(iter(dry.stops.values()), '')}"
+    return None
+
+
+def _shared_experts(
+    region: MoERegion, gm: GraphModule, drafts: list[MoERegion], cuts: set[Node]
+) -> tuple[RowRoot, ...]:
+    """Operands added to the combined output that are heavy row functions of the expert input."""
+    shared: list[RowRoot] = []
+    node = region.combine
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in (aten.add.Tensor, aten.add_.Tensor):
+            other = [a for a in user.args if isinstance(a, Node) and a is not node]
+            root = _shared_root(other[0], region, gm, drafts, cuts) if other else None
+            if root:
+                shared.append(root)
+            elif shape_of(user) != shape_of(node):
+                break
+        elif user.target not in THROUGH | {aten.sum.dim_IntList, aten.squeeze.dim}:
+            break
+        node = user
+    return tuple(shared)
+
+
+def _shared_root(
+    node: Node, region: MoERegion, gm: GraphModule, drafts: list[MoERegion], cuts: set[Node]
+) -> RowRoot | None:
+    layout = row_layout(shape_of(node), region.space)
+    if layout is None or not tags(layout):
+        return None
+    outside = needed_in_full(gm, drafts, cuts | {node}) | cuts
+    dry: Any = dry_pull(node, layout, region.space, outside - {node}, per_sample=True)
+    if dry is None or dry.stops or not any(is_heavy(n) for n in dry.pulled):
+        return None
+    return RowRoot(node, layout)

@@ -1,0 +1,135 @@
+"""Every private torch name the package uses, one function each, with the versions it was tested on.
+
+Dynamo offers no public way to learn which backend is compiling, which module the user compiled, or
+to lift the mark of a frame it gave up on. Keeping those names here makes a new torch release one
+file to read and `tests/capture/test_torch_compat.py` one file to run.
+
+    compiling_with(pred)      -> bool         constant while Dynamo traces
+    compile_call()            -> CompileCall  the outermost torch.compile call on this thread
+    on_call_end(call, f)      -> bool         run f when that call has left compiled code
+    reset_code(code)          -> None         forget compiled variants and skip marks
+    traced_frame()            -> TracedFrame  what the running backend call is compiling
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch._C._dynamo.eval_frame import reset_code as _reset_code
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+@torch.compiler.assume_constant_result
+def compiling_with(predicate: Callable[[Any], bool]) -> bool:
+    """Whether `predicate` holds for the backend that Dynamo is tracing for; False outside a trace.
+
+    Dynamo calls it once while tracing and keeps the answer as a Python constant. That needs no
+    guard: code compiled for one backend is never run for another one. Tested on torch 2.13.
+    """
+    try:
+        transaction = InstructionTranslator.current_tx()
+    except AttributeError:  # the thread-local exists only while something is traced
+        return False
+    return bool(predicate(transaction.output.compiler_fn))
+
+
+@dataclass(frozen=True)
+class CompileCall:
+    """One call of something the user compiled: the callable and what it was called with."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    frame: FrameType
+
+
+def compile_call() -> CompileCall | None:
+    """The outermost `torch.compile` call on this thread's stack, or None. Tested on torch 2.13."""
+    found: FrameType | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename.endswith("eval_frame.py"):
+            found = frame
+        frame = frame.f_back
+    if found is None:
+        return None
+    values = found.f_locals
+    return CompileCall(values["fn"], values["args"], values["kwargs"], found)
+
+
+def on_call_end(call: CompileCall, action: Callable[[], None]) -> bool:
+    """Run `action` when `call` ends, after compiled code was left; False if torch has no such place.
+
+    Uses the list of exit callbacks that the wrapper keeps in a local. Tested on torch 2.13.
+    """
+    cleanups = call.frame.f_locals.get("cleanups")
+    if not isinstance(cleanups, list):
+        return False
+    cleanups.append(action)
+    return True
+
+
+def reset_code(code: CodeType) -> None:
+    """Drop what Dynamo compiled for `code` and its skip mark, so that the next call traces again.
+
+    Must not be called from within a backend call: resetting a code object that is being compiled
+    kills the process (SIGFPE). Tested on torch 2.13.
+    """
+    _reset_code(code)
+
+
+@dataclass(frozen=True)
+class TracedFrame:
+    """The Python frame whose graph a backend has been handed."""
+
+    code: CodeType
+    breaks: bool
+    reason: str
+
+
+def traced_frame() -> TracedFrame | None:
+    """What is being compiled, to be asked inside a backend call; None elsewhere. Tested on 2.13."""
+    try:
+        transaction = InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+    why = transaction.output.compile_subgraph_reason
+    if why is None:
+        return TracedFrame(transaction.f_code, False, "")
+    place = f" at {why.user_stack[-1].filename}:{why.user_stack[-1].lineno}" if why.user_stack else ""
+    return TracedFrame(transaction.f_code, bool(why.graph_break), f"{why.reason}{place}")
+
+
+def placeholder_source(node: Node) -> str:
+    """Where Dynamo got a graph input from, e.g. `L['timestep']`; empty if unknown. Tested on 2.13."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else str(name)  # a method before 2.9, a property since
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A fake tensor mode with a shape environment of its own. Tested on torch 2.13."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def inductor(
+    gm: GraphModule, inputs: list[Any], fake_mode: FakeTensorMode, config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile an ATen graph with Inductor on fake `inputs`, both of its caches in use.
+
+    A tracing context of its own keeps the caller's (Dynamo's) guards and shapes untouched.
+    Tested on torch 2.13.
+    """
+    with torch.no_grad(), tracing(TracingContext(fake_mode)):
+        return compile_fx(gm, inputs, config_patches=config)  # type: ignore[return-value]

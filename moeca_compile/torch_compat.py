@@ -69,7 +69,7 @@ def compile_call() -> CompileCall | None:
 
 
 def on_call_end(call: CompileCall, action: Callable[[], None]) -> bool:
-    """Run `action` when `call` ends, after compiled code was left; False if torch has no such place.
+    """Run `action` when `call` ends, outside of compiled code; False if torch has no such place.
 
     Uses the list of exit callbacks that the wrapper keeps in a local. Tested on torch 2.13.
     """
@@ -107,7 +107,9 @@ def traced_frame() -> TracedFrame | None:
     why = transaction.output.compile_subgraph_reason
     if why is None:
         return TracedFrame(transaction.f_code, False, "")
-    place = f" at {why.user_stack[-1].filename}:{why.user_stack[-1].lineno}" if why.user_stack else ""
+    place = (
+        f" at {why.user_stack[-1].filename}:{why.user_stack[-1].lineno}" if why.user_stack else ""
+    )
     return TracedFrame(transaction.f_code, bool(why.graph_break), f"{why.reason}{place}")
 
 
@@ -133,3 +135,31 @@ def inductor(
     """
     with torch.no_grad(), tracing(TracingContext(fake_mode)):
         return compile_fx(gm, inputs, config_patches=config)  # type: ignore[return-value]
+
+
+def inductor_fallback(
+    gm: GraphModule, inputs: list[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Plain Inductor on Dynamo's graph, inside the backend call. Tested on torch 2.13."""
+    return compile_fx(gm, inputs, config_patches=config)  # type: ignore[return-value]
+
+
+def compiled_root(compiled: Any) -> torch.nn.Module | None:
+    """The module behind what `torch.compile` returned, or behind `model.compile()`; None if none.
+
+    Tested on torch 2.13.
+    """
+    pending, seen = [compiled], set[int]()
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        inner = getattr(current, "_orig_mod", None)
+        if isinstance(inner, torch.nn.Module):
+            return inner
+        if isinstance(current, torch.nn.Module):
+            return current
+        names = ("__self__", "_torchdynamo_orig_callable", "__wrapped__")
+        pending.extend(getattr(current, name, None) for name in names)
+    return None

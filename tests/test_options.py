@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,15 +28,21 @@ def test_defaults_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
-    [("intervall", "interval"), ("warmup", "warmup_steps"), ("Tau", "tau"), ("dumpdir", "dump_dir")],
+    [
+        ("intervall", "interval"),
+        ("warmup", "warmup_steps"),
+        ("Tau", "tau"),
+        ("dumpdir", "dump_dir"),
+    ],
 )
 @pytest.mark.parametrize("how", ["constructor", "mapping", "extra", "replace"])
 def test_unknown_option_names_the_nearest_and_lists_all(wrong: str, nearest: str, how: str) -> None:
+    given: dict[str, Any] = {wrong: 1}
     makers = {
-        "constructor": lambda: Options(**{wrong: 1}),
-        "mapping": lambda: Options.parse({wrong: 1}),
-        "extra": lambda: Options.parse(None, **{wrong: 1}),
-        "replace": lambda: Options.parse(Options(), **{wrong: 1}),
+        "constructor": lambda: Options(**given),
+        "mapping": lambda: Options.parse(given),
+        "extra": lambda: Options.parse(None, **given),
+        "replace": lambda: Options.parse(Options(), **given),
     }
     with pytest.raises(OptionsError) as caught:
         makers[how]()
@@ -179,7 +186,7 @@ def test_frozen_round_trips_and_pickles() -> None:
 
 
 def test_fingerprint_sees_every_option_but_the_dump_folder() -> None:
-    other = {
+    other: dict[str, Any] = {
         "interval": 5, "tau": 0.7, "alpha": 0.5, "beta": 0.5, "lambda_drift": 2.0,
         "lambda_share": 0.5, "score": "moeca", "budget": 0.5, "warmup_steps": 1,
         "timestep": "t", "strict": True,

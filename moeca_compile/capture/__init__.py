@@ -8,19 +8,11 @@ Dispatches are found by what they compute (which rows reach which expert, and wh
 outputs); no module, method or variable name is looked at.
 """
 
-from moeca_compile.capture.activity import compiling_for_moeca
-from moeca_compile.capture.install import install, uninstall
-from moeca_compile.capture.report import CaptureReport, ModuleCapture
-from moeca_compile.capture.trigger import (
-    FragmentTrigger,
-    Phase,
-    RootCall,
-    RootRegistry,
-    RootState,
-    find_root,
-    prepare,
-    wrap_fragment,
-)
+from .activity import compiling_for_moeca
+from .install import install, uninstall
+from .report import CaptureReport, ModuleCapture
+from .roots import Phase, RootCall, RootRegistry, RootState, find_root
+from .trigger import FragmentTrigger, prepare, wrap_fragment
 
 __all__ = [
     "CaptureReport",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from moeca_compile.torch_compat import compiling_with
+from ..torch_compat import compiling_with
 
 BACKEND_MARK = "_moeca_backend"
 _INNER_ATTRIBUTES = ("compiler_fn", "__wrapped__", "inner_fn", "_torchdynamo_orig_backend")

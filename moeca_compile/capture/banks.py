@@ -1,7 +1,7 @@
 """Finding expert banks by structure: containers of interchangeable children that hold no bank.
 
-    ModuleList(8 x Expert(gate_up [512, 128], down [128, 256]))  ->  Bank(path, 8 experts)
-    ModuleList(8 x Block(.., experts=ModuleList))                ->  no bank: a list of layers
+ModuleList(8 x Expert(gate_up [512, 128], down [128, 256]))  ->  Bank(path, 8 experts)
+ModuleList(8 x Block(.., experts=ModuleList))                ->  no bank: a list of layers
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Bank:
-    """A container of experts. `difference` says why they are not interchangeable, "" if they are."""
+    """A container of experts; `difference` says why they are not interchangeable, else ""."""
 
     path: str
     container: nn.Module
@@ -64,7 +64,8 @@ def _difference(experts: tuple[nn.Module, ...]) -> str:
     first = _signature(experts[0])
     for index, expert in enumerate(experts[1:], 1):
         if type(expert) is not type(experts[0]):
-            return f"expert {index} is a {type(expert).__name__}, expert 0 a {type(experts[0]).__name__}"
+            classes = type(expert).__name__, type(experts[0]).__name__
+            return f"expert {index} is a {classes[0]}, expert 0 a {classes[1]}"
         if _signature(expert) != first:
             return f"expert {index} has other parameters or submodules than expert 0"
     return "" if first[0] else "the children hold no parameters"

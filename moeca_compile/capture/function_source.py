@@ -67,7 +67,7 @@ def build(
     module = ast.fix_missing_locations(ast.Module([factory], []))
     compiled = compile(module, function.__code__.co_filename, "exec")
     code = _find_code(compiled, definition.name)
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
     cells.update({name: CellType(value) for name, value in helpers.items()})
     closure = tuple(cells[name] for name in code.co_freevars)
     result = FunctionType(

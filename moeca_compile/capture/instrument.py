@@ -17,9 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moeca_compile.capture.function_source import HELPER_PREFIX, build
-from moeca_compile.capture.prune import parameter_names
-from moeca_compile.capture.statements import suites
+from .function_source import HELPER_PREFIX, build
+from .statements import parameter_names, stored_names, suites
 
 _NOTE = f"{HELPER_PREFIX}note"
 _OVERRIDE = f"{HELPER_PREFIX}override"
@@ -61,6 +60,8 @@ class Trace:
     def _copy(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.is_inference():  # a parameter made in inference mode: its changes are not counted
+            return value.clone()
         key = (id(value), value._version)
         if key not in self._copies:
             self._copies[key] = (value, value.clone())  # holding the original keeps its id taken
@@ -108,7 +109,7 @@ def _noted(
     number = numbers.get(id(statement))
     if number is None:
         return [statement]
-    bound = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound = stored_names(statement)
     added = [_override_call(name) for name in override if name in bound]
     result = [_note_call(number, False), statement, *added, _note_call(number, True)]
     return [ast.fix_missing_locations(ast.copy_location(s, statement)) for s in result]

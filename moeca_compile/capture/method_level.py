@@ -1,12 +1,13 @@
 """Capture by replacing a whole method whose return value is the dispatch itself.
 
-    before:  self.moe_infer(x [T, D], flat_ids [T*K], flat_weights [T*K, 1])   loops on the host
-    after:   run_plan(plan, self, {"x": x, ..})                                one traceable graph
+before:  self.moe_infer(x [T, D], flat_ids [T*K], flat_weights [T*K, 1])   loops on the host
+after:   run_plan(plan, self, {"x": x, ..})                                one traceable graph
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.capture.plan import DispatchPlan, run_plan
-from moeca_compile.capture.propose import Evidence, propose
-from moeca_compile.capture.recorder import record_experts
-from moeca_compile.capture.replay import close
-from moeca_compile.capture.sandbox import copy_arguments, exact_arithmetic
-from moeca_compile.capture.subject import Subject
+from .plan import DispatchPlan, run_plan
+from .propose import Evidence, propose
+from .recorder import record_experts
+from .replay import close
+from .sandbox import copy_arguments, exact_arithmetic
+from .subject import Subject
 
 _MAX_CANDIDATES = 24
 
@@ -35,9 +36,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why no replacement was found."""
+    """Why no replacement was found; progress: 0 nothing recognised, 1 a probe, 2 the module."""
 
     reason: str
+    progress: int = 0
 
 
 def capture_method(subject: Subject) -> Found | Refused:
@@ -46,21 +48,22 @@ def capture_method(subject: Subject) -> Found | Refused:
     if not names:
         return Refused("the method takes *args: its values cannot be named")
     values, result, evidence = _record(subject, names, defaults)
-    reason = "the return value is no selection or weighted sum of expert outputs"
+    refused = Refused("the return value is no selection or weighted sum of expert outputs")
     with exact_arithmetic(subject.device):
-        plans = [p for p, _ in zip(propose(evidence, values, result), range(_MAX_CANDIDATES), strict=False)]
+        proposed = propose(evidence, values, result)
+        plans = list(itertools.islice(proposed, _MAX_CANDIDATES))
     for plan in plans:
         failed = _failed_probe(subject, plan, values)
         if failed:
-            reason = f"{failed} gives other values than the original"
+            refused = Refused(f"{failed} gives other values than the original", 1)
             continue
         finished = _with_dtype(subject, plan, names, defaults)
         replacement = make_method(finished, names, defaults)
         disagreement = subject.disagreement(replacement)
         if not disagreement:
             return Found(replacement, finished)
-        reason = disagreement
-    return Refused(reason)
+        refused = Refused(disagreement, 2)
+    return refused
 
 
 def make_method(
@@ -70,7 +73,7 @@ def make_method(
 
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         values = dict(defaults)
-        values.update(zip(names, args, strict=False))
+        values.update(zip(names, args))
         values.update(kwargs)
         return run_plan(plan, self, values)
 
@@ -88,7 +91,7 @@ def _parameters(subject: Subject) -> tuple[tuple[str, ...], tuple[tuple[str, Any
 def _bind(
     names: tuple[str, ...], defaults: tuple[tuple[str, Any], ...], args: Any, kwargs: Any
 ) -> dict[str, Any]:
-    return {**dict(defaults), **dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(defaults), **dict(zip(names, args)), **kwargs}
 
 
 def _record(
@@ -151,7 +154,10 @@ def _failed_probe(subject: Subject, plan: DispatchPlan, values: Mapping[str, Any
 
 
 def _with_dtype(
-    subject: Subject, plan: DispatchPlan, names: tuple[str, ...], defaults: tuple[tuple[str, Any], ...]
+    subject: Subject,
+    plan: DispatchPlan,
+    names: tuple[str, ...],
+    defaults: tuple[tuple[str, Any], ...],
 ) -> DispatchPlan:
     """Name the argument whose dtype the original's result has, in the model's own dtypes."""
     dtypes: dict[str, torch.dtype] = {}

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.capture.banks import Bank, find_banks
-from moeca_compile.capture.sandbox import copy_arguments
+from .banks import Bank, find_banks
+from .sandbox import copy_arguments
 
-_TORCH_MODULES = nn.Module.__module__.replace(".", "/")
 _MAX_CALLERS = 3
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Observation:
-    """sites: one per bank and calling method; arguments: first (args, kwargs) of each owner by id."""
+    """sites: one per bank and calling method; arguments: first (args, kwargs) per owner id."""
 
     sites: tuple[Site, ...]
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
@@ -89,7 +89,7 @@ def counts_match(ids: Tensor, rows: dict[int, int], experts: int) -> bool:
 
 def is_integer(value: object) -> bool:
     """Whether `value` is a tensor that could hold expert numbers."""
-    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+    return isinstance(value, Tensor) and value.dtype in _INTEGERS
 
 
 def observe(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
@@ -133,7 +133,12 @@ class _Watch:
         return hook
 
     def _note(
-        self, bank: Bank, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+        self,
+        bank: Bank,
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType,
     ) -> None:
         frames = _callers(frame, self.paths, bank)
         if not frames:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeca_compile import ops as _ops  # noqa: F401  registers the marker ops
+from .. import ops as _ops  # noqa: F401  registers the marker ops
 
 ROWS = "rows"
 VALUE = "value"
@@ -83,7 +83,7 @@ def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any
     container = module
     for name in plan.bank_path:
         container = getattr(container, name)
-    experts = list(container._modules.values())
+    experts = [expert for expert in container._modules.values() if expert is not None]
     if len(experts) != plan.experts:
         raise ValueError(f"captured {plan.experts} experts, found {len(experts)}: capture again")
     ids = _by_token(values[plan.ids], plan)
@@ -91,10 +91,10 @@ def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any
     if _rows(values[rows.name], rows).shape[0] != ids.shape[0]:
         raise ValueError(f"'{plan.ids}' does not hold {plan.slots} experts a token: capture again")
     outputs = []
-    for index in range(plan.experts):
+    for index, expert in enumerate(experts):
         args = [_argument(argument, index, values) for argument in plan.positional]
         kwargs = {name: _argument(argument, index, values) for name, argument in plan.keyword}
-        outputs.append(experts[index](*args, **kwargs))
+        outputs.append(expert(*args, **kwargs))
     return torch.ops.moeca.select_experts(ids, outputs)
 
 

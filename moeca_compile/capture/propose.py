@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.capture.observe import counts_match, is_integer
-from moeca_compile.capture.plan import (
+from .observe import counts_match, is_integer
+from .plan import (
     CONSTANT,
     ROWS,
     VALUE,
@@ -28,7 +28,7 @@ from moeca_compile.capture.plan import (
     finish_plan,
     run_branches,
 )
-from moeca_compile.capture.replay import close
+from .replay import close
 
 _LAYOUTS = ("flat", "lead", "merged")
 
@@ -72,7 +72,7 @@ class Evidence:
         outputs = [call.output for call in self.calls]
         aligned = all(
             isinstance(out, Tensor) and out.dim() == 2 and out.shape[0] == call.rows
-            for out, call in zip(outputs, self.calls, strict=True)
+            for out, call in zip(outputs, self.calls)
         )
         widths = {out.shape[1] for out in outputs} if aligned else set()
         return widths.pop() if len(widths) == 1 else 0
@@ -109,7 +109,9 @@ def _dispatches(evidence: Evidence, values: Mapping[str, Any]) -> Iterator[Dispa
     ]
     found: list[tuple[int, DispatchPlan]] = []
     for name, slots_first in itertools.product(id_names, (False, True)):
-        for slots, positional, keyword in _argument_sets(evidence, values, values[name], slots_first):
+        for slots, positional, keyword in _argument_sets(
+            evidence, values, values[name], slots_first
+        ):
             plan = DispatchPlan(
                 evidence.bank_path, evidence.experts, slots, name, slots_first, positional, keyword,
                 combine="none", weights="", dense_weights=False, layout="flat", accumulate="",
@@ -137,14 +139,17 @@ def _argument_sets(
         slots = ids.numel() // token_counts.pop()
         arguments = tuple(argument for _, argument in choice)
         split = len(first.args)
-        yield slots, arguments[:split], tuple(zip(keys, arguments[split:], strict=True))
+        yield slots, arguments[:split], tuple(zip(keys, arguments[split:]))
 
 
 def _sources(
     evidence: Evidence, values: Mapping[str, Any], ids: Tensor, place: int | str, slots_first: bool
 ) -> Iterator[tuple[int, Argument]]:
     """(tokens, argument) pairs; tokens is 0 for arguments that are not row-aligned."""
-    seen = [call.args[place] if isinstance(place, int) else call.kwargs[place] for call in evidence.calls]
+    seen = [
+        call.args[place] if isinstance(place, int) else call.kwargs[place]
+        for call in evidence.calls
+    ]
     if not any(isinstance(value, Tensor) for value in seen):
         yield from _untensored(values, seen)
         return
@@ -152,10 +157,10 @@ def _sources(
         return
     if all(value.shape == seen[0].shape and torch.equal(value, seen[0]) for value in seen):
         same = [name for name, value in values.items() if _equal(value, seen[0])]
-        if same and not all(v.shape[0] == c.rows for v, c in zip(seen, evidence.calls, strict=True)):
+        if same and not all(v.shape[0] == c.rows for v, c in zip(seen, evidence.calls)):
             yield 0, Argument(VALUE, same[0])
             return
-    if any(v.shape[0] != c.rows for v, c in zip(seen, evidence.calls, strict=True)):
+    if any(v.shape[0] != c.rows for v, c in zip(seen, evidence.calls)):
         return
     for name, value in values.items():
         flatten = _leading(value, seen[0])
@@ -179,7 +184,9 @@ def _untensored(values: Mapping[str, Any], seen: list[Any]) -> Iterator[tuple[in
 
 
 def _equal(value: Any, tensor: Tensor) -> bool:
-    same_kind = isinstance(value, Tensor) and value.shape == tensor.shape and value.dtype == tensor.dtype
+    same_kind = (
+        isinstance(value, Tensor) and value.shape == tensor.shape and value.dtype == tensor.dtype
+    )
     return same_kind and torch.equal(value, tensor)
 
 
@@ -200,7 +207,7 @@ def _rows_fit(
     tokens = flat.shape[0]
     by_token = ids.reshape(-1, tokens).t() if slots_first else ids.reshape(tokens, -1)
     for index in range(evidence.experts):
-        blocks = [v for v, c in zip(seen, evidence.calls, strict=True) if c.expert == index]
+        blocks = [v for v, c in zip(seen, evidence.calls) if c.expert == index]
         chosen = flat[(by_token == index).nonzero()[:, 0]]
         if chosen.shape[0] == 0:
             continue
@@ -240,7 +247,11 @@ def _expected_shape(
     if plan.layout == "merged":
         return (tokens * slots, width)
     argument = plan.rows_argument
-    lead = tuple(values[argument.name].shape[: argument.flatten]) if plan.layout == "lead" else (tokens,)
+    lead = (
+        tuple(values[argument.name].shape[: argument.flatten])
+        if plan.layout == "lead"
+        else (tokens,)
+    )
     return (*lead, width) if plan.combine != "none" else (*lead, slots, width)
 
 

@@ -15,7 +15,15 @@ import copy
 from dataclasses import dataclass
 from typing import cast
 
-from moeca_compile.capture.statements import bound_names, changed_names, is_in_place, read_names
+from .statements import (
+    bound_names,
+    changed_names,
+    grows_container,
+    is_in_place,
+    parameter_names,
+    read_names,
+    stored_names,
+)
 
 LOST_NAMES = "moeca_lost"
 _NUMBER = "moeca_number"
@@ -48,7 +56,7 @@ def prune(definition: ast.FunctionDef) -> None:
 
 @dataclass(frozen=True)
 class _Pruner:
-    """fresh: containers made in the function; borrowed: parameters whose objects the caller sees."""
+    """fresh: containers made here; borrowed: parameters whose objects the caller sees."""
 
     fresh: frozenset[str]
     borrowed: frozenset[str]
@@ -107,7 +115,7 @@ class _Pruner:
             return isinstance(node.ctx, ast.Store)
         if isinstance(node, ast.Expr):
             return not is_in_place(node.value)
-        if is_in_place(node) and not cast(ast.Attribute, cast(ast.Call, node).func).attr.endswith("_"):
+        if grows_container(node):
             return not changed_names(node) & self.fresh
         return isinstance(node, _IMPURE)
 
@@ -124,16 +132,6 @@ def _is_plain_assignment(statement: ast.stmt) -> bool:
     return not changes and all(isinstance(n, new_only) for n in walked)
 
 
-def parameter_names(definition: ast.FunctionDef) -> frozenset[str]:
-    every = definition.args
-    named = (*every.posonlyargs, *every.args, *every.kwonlyargs, every.vararg, every.kwarg)
-    return frozenset(argument.arg for argument in named if argument is not None)
-
-
-def _stores(node: ast.AST) -> list[str]:
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-
-
 def _fresh_names(definition: ast.FunctionDef) -> frozenset[str]:
     """Locals only ever bound to a list, dict or set made here: changing those stays in here."""
     made_here = [
@@ -144,17 +142,16 @@ def _fresh_names(definition: ast.FunctionDef) -> frozenset[str]:
         for target, value in _pairs(whole, node.value)
         if isinstance(target, ast.Name) and _makes_container(value)
     ]
-    stores = _stores(definition)
+    stores = stored_names(definition)
     once = {name for name in made_here if stores.count(name) == made_here.count(name)}
     return frozenset(once) - parameter_names(definition)
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
     """`a, b = x, y` as (a, x), (b, y)."""
-    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-        if len(target.elts) == len(value.elts):
-            return list(zip(target.elts, value.elts, strict=True))
-    return [(target, value)]
+    if not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple):
+        return [(target, value)]
+    return list(zip(target.elts, value.elts))
 
 
 def _makes_container(value: ast.expr) -> bool:
@@ -165,4 +162,4 @@ def _makes_container(value: ast.expr) -> bool:
 
 def _borrowed_names(definition: ast.FunctionDef) -> frozenset[str]:
     """Parameters that are never rebound: changing their object changes the caller's."""
-    return parameter_names(definition) - frozenset(_stores(definition))
+    return parameter_names(definition) - frozenset(stored_names(definition))

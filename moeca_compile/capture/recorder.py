@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from moeca_compile.capture.banks import experts_of
-from moeca_compile.capture.propose import ExpertCall
-from moeca_compile.capture.sandbox import copy_arguments
+from .banks import experts_of
+from .propose import ExpertCall
+from .sandbox import copy_arguments
 
 
 @contextlib.contextmanager

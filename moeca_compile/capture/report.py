@@ -39,9 +39,17 @@ class CaptureReport:
         return sum(module.accepted for module in self.modules)
 
     def __str__(self) -> str:
-        head = f"{self.installed} of {len(self.modules)} dispatches replaced in {self.elapsed_ms:.0f} ms"
+        counts = f"{self.installed} of {len(self.modules)} dispatches replaced"
+        head = f"{counts} in {self.elapsed_ms:.0f} ms"
         rows = [
-            (m.path or "(root)", m.num_experts, m.mechanism, "yes" if m.accepted else "no", m.reason, m.location)
+            (
+                m.path or "(root)",
+                m.num_experts,
+                m.mechanism,
+                "yes" if m.accepted else "no",
+                m.reason,
+                m.location,
+            )
             for m in self.modules
         ]
         columns = ("module", "experts", "mechanism", "replaced", "reason", "location")

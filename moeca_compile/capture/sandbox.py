@@ -21,7 +21,8 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
     devices = sorted({t.device.index or 0 for t in root.parameters() if t.device.type == "cuda"})
     saved = [(module, _shallow(vars(module))) for module in root.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    # inference mode off first: leaving it switches gradients on, and its tensors have no version
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
         try:
             yield
         finally:
@@ -57,7 +58,7 @@ def _put_back(module: nn.Module, saved: dict[str, tuple[Any, Any]]) -> None:
 def _same_items(one: Any, two: Any) -> bool:
     if isinstance(one, dict):
         return list(one) == list(two) and all(one[key] is two[key] for key in one)
-    return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
+    return len(one) == len(two) and all(a is b for a, b in zip(one, two))
 
 
 def copy_arguments(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Capture by replacing one statement of a bigger function, when the dispatch has no method of its own.
+"""Capture by replacing one statement of a function that does more than dispatch.
 
     before:  parts = x.split(counts.tolist())
              out = torch.cat([e(p) for e, p in zip(experts, parts)])
@@ -17,28 +17,28 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from moeca_compile.capture.function_source import HELPER_PREFIX, build, parse
-from moeca_compile.capture.instrument import Event, Trace, instrument, watched
-from moeca_compile.capture.method_level import (
+from .function_source import HELPER_PREFIX, build, parse
+from .instrument import Event, Trace, instrument, watched
+from .method_level import (
     Found,
     Refused,
     choose_dtype,
     random_like,
     routings,
 )
-from moeca_compile.capture.plan import DispatchPlan, run_plan
-from moeca_compile.capture.propose import Evidence, propose
-from moeca_compile.capture.prune import LOST_NAMES, mark_effects, prune
-from moeca_compile.capture.recorder import record_experts
-from moeca_compile.capture.replay import close
-from moeca_compile.capture.sandbox import exact_arithmetic
-from moeca_compile.capture.statements import bound_names, fold_training, name_returns
-from moeca_compile.capture.subject import Subject
+from .plan import DispatchPlan, run_plan
+from .propose import Evidence, propose
+from .prune import LOST_NAMES, mark_effects, prune
+from .recorder import record_experts
+from .replay import close
+from .sandbox import exact_arithmetic
+from .statements import bound_names, fold_training, name_returns
+from .subject import Subject
 
 _RUN = f"{HELPER_PREFIX}run_plan"
 _PLAN = f"{HELPER_PREFIX}plan"
@@ -56,7 +56,7 @@ class _Candidate:
 
 def capture_statements(subject: Subject) -> Found | Refused:
     """Replace the statement that completes the dispatch; drop what only fed it."""
-    function = subject.method.function
+    function = cast(FunctionType, subject.method.function)  # a field, not a bound method
     try:
         definition = parse(function)
         mark_effects(definition)
@@ -65,15 +65,15 @@ def capture_statements(subject: Subject) -> Found | Refused:
         evidence, trace = _record(subject, definition, function)
     except ValueError as error:
         return Refused(str(error))
-    reason = "no local equals the selected expert rows or their weighted sum"
+    refused = Refused("no local equals the selected expert rows or their weighted sum")
     with exact_arithmetic(subject.device):
         candidates = _candidates(evidence, trace)
     for candidate in candidates[:_MAX_CANDIDATES]:
         outcome = _try(subject, definition, function, candidate)
         if isinstance(outcome, Found):
             return outcome
-        reason = outcome.reason
-    return Refused(reason)
+        refused = outcome
+    return refused
 
 
 def _record(
@@ -115,7 +115,7 @@ def _try(
 ) -> Found | Refused:
     failed = _failed_probe(subject, definition, function, candidate)
     if failed:
-        return Refused(f"{failed} gives other values than the original")
+        return Refused(f"{failed} gives other values than the original", 1)
     plan = _with_dtype(subject, definition, function, candidate)
     tree = copy.deepcopy(definition)
     try:
@@ -123,16 +123,18 @@ def _try(
         prune(tree)
         replacement = build(tree, function, {_RUN: run_plan, _PLAN: plan})
     except ValueError as error:
-        return Refused(str(error))
+        return Refused(str(error), 1)
     disagreement = subject.disagreement(replacement)
-    return Refused(disagreement) if disagreement else Found(replacement, plan)
+    return Refused(disagreement, 2) if disagreement else Found(replacement, plan)
 
 
 def _substitute(tree: ast.FunctionDef, candidate: _Candidate, plan: DispatchPlan) -> None:
     """Put `name = run_plan(plan, self, {..})` in place of the candidate's statement."""
     old = watched(tree)[candidate.number]
     sources = [a for a in (*plan.positional, *(a for _, a in plan.keyword)) if a.name]
-    names = sorted({plan.ids, plan.weights, plan.accumulate, plan.dtype_name, *(a.name for a in sources)})
+    names = sorted(
+        {plan.ids, plan.weights, plan.accumulate, plan.dtype_name, *(a.name for a in sources)}
+    )
     names = [name for name in names if name]
     owner = (*tree.args.posonlyargs, *tree.args.args)[0].arg
     keys: list[ast.expr | None] = [ast.Constant(name) for name in names]

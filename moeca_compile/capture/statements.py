@@ -1,8 +1,8 @@
 """Small syntax-tree facts and edits that statement-level capture is made of.
 
-    fold_training:    `if self.training: A else: B`  ->  `B`
-    name_returns:     `return f(x)`                  ->  `r = f(x); return r`
-    bound_names:      what a statement sets or changes in place
+fold_training:    `if self.training: A else: B`  ->  `B`
+name_returns:     `return f(x)`                  ->  `r = f(x); return r`
+bound_names:      what a statement sets or changes in place
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def suites(definition: ast.FunctionDef) -> list[list[ast.stmt]]:
 
 
 def bound_names(node: ast.AST) -> set[str]:
-    """Names that `node` binds, or whose object it changes: `n[..] = ..`, `n.op_(..)`, `n.append(..)`."""
+    """Names that `node` binds, or whose object it changes in place."""
     names = changed_names(node)
     for inner in ast.walk(node):
         if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
@@ -40,7 +40,7 @@ def bound_names(node: ast.AST) -> set[str]:
 
 
 def changed_names(node: ast.AST) -> set[str]:
-    """Names whose object `node` changes in place."""
+    """Names whose object `node` changes: `n[..] = ..`, `n.op_(..)`, `n.append(..)`."""
     names: set[str] = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.Subscript) and isinstance(inner.ctx, ast.Store):
@@ -48,6 +48,33 @@ def changed_names(node: ast.AST) -> set[str]:
         elif isinstance(inner, ast.Call) and is_in_place(inner):
             names.add(_root(inner.func))
     return names - {""}
+
+
+def stored_names(node: ast.AST) -> list[str]:
+    """Names that `node` binds, once for every time it does."""
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and _is_store(n)]
+
+
+def parameter_names(definition: ast.FunctionDef) -> frozenset[str]:
+    """Names of the parameters, the owner included."""
+    every = definition.args
+    named = (*every.posonlyargs, *every.args, *every.kwonlyargs, every.vararg, every.kwarg)
+    return frozenset(argument.arg for argument in named if argument is not None)
+
+
+def is_in_place(node: ast.AST) -> bool:
+    """Whether `node` is a call by which an object changes: `t.add_(..)` or `l.append(..)`."""
+    if grows_container(node):
+        return True
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    return node.func.attr.endswith("_") and not node.func.attr.startswith("_")
+
+
+def grows_container(node: ast.AST) -> bool:
+    """Whether `node` is a call like `l.append(..)`."""
+    called = node.func if isinstance(node, ast.Call) else None
+    return isinstance(called, ast.Attribute) and called.attr in _GROWING
 
 
 def read_names(node: ast.AST) -> set[str]:
@@ -82,11 +109,8 @@ def _root(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def is_in_place(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-        return False
-    name = node.func.attr
-    return name in _GROWING or (name.endswith("_") and not name.startswith("_"))
+def _is_store(node: ast.Name | ast.Subscript) -> bool:
+    return isinstance(node.ctx, ast.Store)
 
 
 class _Folder(ast.NodeTransformer):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeca_compile.capture.observe import Method, Site
-from moeca_compile.capture.replay import close, exact_arguments, exact_copy, probe_arguments
-from moeca_compile.capture.sandbox import copy_arguments, exact_arithmetic
+from .observe import Method, Site
+from .replay import close, exact_arguments, exact_copy, probe_arguments
+from .sandbox import copy_arguments, exact_arithmetic
 
 Replacement = Callable[..., Any]
 

@@ -103,7 +103,7 @@ def _token_rows(core: Node, root: Node) -> tuple[Node, RowSpace | None]:
 def pull_attention(region: AttentionRegion, available: set[Node]) -> DryRun | None:
     """Dry run of the region's root for a few query rows per sample."""
     root = region.root
-    return dry_pull(root.node, root.layout, region.space, available - {root.node}, per_sample=True)
+    return dry_pull([root], available - {root.node}, region.space)
 
 
 def _key_value(
@@ -135,7 +135,7 @@ def _row_root(operand: Node, row_dim: int, requested: Layout, space: RowSpace) -
     if tags(layout) != tags(requested):
         return None
     node, layout = _above_views(operand, layout)
-    dry = dry_pull(node, layout, space, set(), per_sample=True)
+    dry = dry_pull([RowRoot(node, layout)], set(), space)
     return RowRoot(node, layout) if dry is not None and node in dry.pulled else None
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from .layout import Layout, RowSpace, Selection
 from .pull import RowPuller
+from .region import RowRoot
 from .row_rules import Stop
 
 # Any count differing from common sizes works; the rows are fake.
@@ -26,21 +27,20 @@ class DryRun:
 
 
 def dry_pull(
-    node: Node, layout: Layout, space: RowSpace, available: set[Node], *, per_sample: bool, rows: int = DRY_ROWS
+    roots: Sequence[RowRoot], available: Set[Node], space: RowSpace, *, rows: int = DRY_ROWS
 ) -> DryRun | None:
-    """Request a few rows of `node`; None if not even gathering the whole value works."""
-    fake_mode = node.meta["val"].fake_mode
-    samples = space.samples if per_sample else 1
-    with fake_mode, torch.no_grad():
-        flat = torch.zeros(samples * rows, dtype=torch.int64, device=node.meta["val"].device)
-        selection = Selection(space, flat, rows, per_sample)
-        puller = RowPuller(selection, _value, lambda n: n in available)
+    """Request `rows` rows per sample of every root; None if not even gathering all of it works.
+
+    A root that is pulled serves the ones after it in full, as it will from its cache.
+    """
+    value = roots[0].node.meta["val"]
+    with value.fake_mode, torch.no_grad():
+        flat = torch.zeros(space.samples * rows, dtype=torch.int64, device=value.device)
+        selection = Selection(space, flat, rows, per_sample=True)
+        puller = RowPuller(selection, lambda n: n.meta["val"], available.__contains__)
         try:
-            puller.pull(node, layout)
+            for root in roots:
+                puller.pull(root.node, root.layout)
         except Stop:
             return None
     return DryRun(frozenset(puller.pulled), dict(puller.stops), dict(puller.met))
-
-
-def _value(node: Node) -> Any:
-    return node.meta["val"]

@@ -1,8 +1,8 @@
 """Where token rows live inside a tensor: the bookkeeping behind row subsetting.
 
-A tensor of T = B * N token rows has its samples (`b`, size B) and its tokens (`n`, size N) somewhere
-in its dims, alone or merged with others. A layout says where, as factors per dim in row-major order;
-a selection says which rows are wanted. `recut` moves a layout through a reshape.
+A tensor of T = B * N token rows has its samples (`b`, size B) and its tokens (`n`, size N)
+somewhere in its dims, alone or merged with others. A layout says where, as factors per dim in
+row-major order; a selection says which rows are wanted. `recut` moves a layout through a reshape.
 
     [B, N, D]      (b,) (n,) (D,)          linear output
     [B, H, N, d]   (b,) (H,) (n,) (d,)     attention operand
@@ -12,7 +12,8 @@ a selection says which rows are wanted. `recut` moves a layout through a reshape
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +109,10 @@ def selected_shape(layout: Layout, selection: Selection) -> list[Any]:
 def recut(layout: Layout, shape: Sequence[int]) -> Layout | None:
     """The layout of the same elements under another `shape`, row-major; None where a row is cut.
 
-    Free factors may be split, tagged ones may not.
+    Free factors may be split and merged, tagged ones may not. Adjacent free factors come back as
+    one, so that equal requests for a value are equal layouts.
     """
-    queue = [f for dim in layout for f in dim if f.size != 1 or f.tag]
+    queue = _merge_free(f for dim in layout for f in dim)
     out: list[Dim] = []
     for size in shape:
         taken: list[Factor] = []
@@ -138,6 +140,19 @@ def recut(layout: Layout, shape: Sequence[int]) -> Layout | None:
             return None
         out[-1] = (*out[-1], factor)
     return tuple(out)
+
+
+def _merge_free(factors: Iterable[Factor]) -> list[Factor]:
+    """The same factors without free ones of size one, neighbouring free ones multiplied."""
+    out: list[Factor] = []
+    for factor in factors:
+        if factor.tag is None and factor.size == 1:
+            continue
+        if factor.tag is None and out and out[-1].tag is None:
+            out[-1] = Factor(out[-1].size * factor.size)
+        else:
+            out.append(factor)
+    return out
 
 
 def align(operand_shape: Sequence[int], layout: Layout) -> Layout:
@@ -170,13 +185,14 @@ def gather_rows(full: Tensor, layout: Layout, selection: Selection) -> Tensor:
 def _gather_both(full: Tensor, layout: Layout, selection: Selection) -> Tensor:
     factors = [f for dim in layout for f in dim]
     where = {f.tag: i for i, f in enumerate(factors) if f.tag}
-    lead = [where[t] for t in ("b", "n") if t in where]
+    names = [t for t in ("b", "n") if t in where]
+    lead = [where[t] for t in names]
     rest = [i for i in range(len(factors)) if i not in lead]
     split = full.reshape([f.size for f in factors]).permute(lead + rest)
     sample, token = selection.split_index()
     picked = split[sample, token] if len(lead) == 2 else split[token]
     rest_sizes = [factors[i].size for i in rest]
-    picked = picked.reshape([selection.sizes[factors[i].tag] for i in lead] + rest_sizes)
+    picked = picked.reshape([selection.sizes[t] for t in names] + rest_sizes)
     order = lead + rest
     back = [order.index(i) for i in range(len(factors))]
     return picked.permute(back).reshape(selected_shape(layout, selection))
@@ -196,17 +212,41 @@ def gather_operand(full: Tensor, own: Layout, result: Layout, selection: Selecti
     own = (((),) * (len(result) - len(own))) + own
     (tag,) = present
     source = _dim_of(own, tag)
-    b_dim, n_dim = _dim_of(result, "b"), _dim_of(result, "n")
-    if len(own[source]) != 1 or (selection.per_sample and b_dim == n_dim):
+    if not _alone(own[source]):
         raise ValueError(f"a lone {tag!r} row factor merged with others cannot be gathered")
     sample, token = selection.split_index()
     index = (sample if tag == "b" else token).reshape(-1)
     picked = full.index_select(source, index)
-    if selection.per_sample:  # [.., B * n, ..] -> samples at their own dim
-        sizes = list(full.shape)
-        split = [*sizes[:source], selection.space.samples, selection.count, *sizes[source + 1 :]]
-        return picked.reshape(split).movedim(source, b_dim).squeeze(b_dim + 1)
+    if selection.per_sample:
+        return _spread_samples(picked, source, result, selection)
+    n_dim = _dim_of(result, "n")
+    if n_dim != source and not _alone(result[n_dim]):
+        raise ValueError("a sample's value for token rows merged with others cannot be gathered")
     return picked.transpose(source, n_dim) if source != n_dim else picked
+
+
+def _spread_samples(picked: Tensor, source: int, result: Layout, selection: Selection) -> Tensor:
+    """Positions [.., B * n, ..] gathered at dim `source` -> samples at their dim of `result`."""
+    b_dim = _dim_of(result, "b")
+    if b_dim == source:
+        raise ValueError("positions whose dim also holds the samples cannot be gathered")
+    sizes = list(picked.shape)
+    split = [*sizes[:source], selection.space.samples, selection.count, *sizes[source + 1 :]]
+    spread = picked.reshape(split).movedim(source, b_dim).squeeze(b_dim + 1)
+    merged = result[b_dim]
+    if _alone(merged):
+        return spread
+    # [.., B, ..] -> [.., B * H, ..]: each sample's rows once for every other factor of that dim.
+    before, after = list(spread.shape[:b_dim]), list(spread.shape[b_dim + 1 :])
+    narrow = [f.size if f.tag else 1 for f in merged]
+    wide = [f.size for f in merged]
+    whole = spread.reshape([*before, *narrow, *after]).expand([*before, *wide, *after])
+    return whole.reshape([*before, math.prod(wide), *after])
+
+
+def _alone(dim: Dim) -> bool:
+    """Whether a dim is one tagged factor, but for free factors of size one."""
+    return len(dim) == 1 or sum(f.tag is not None or f.size != 1 for f in dim) == 1
 
 
 def _dim_of(layout: Layout, tag: str) -> int:

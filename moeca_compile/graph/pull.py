@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.traceback import set_current_meta
 
-from .layout import Layout, Selection, gather_operand, gather_rows, tags
+from .layout import Layout, Selection, gather_operand, gather_rows, selected_shape, tags
 from .row_rules import Stop, rule_for
 
 
@@ -47,7 +47,7 @@ class RowPuller:
         """The whole value of a node (constants pass through)."""
         return self._full(value) if isinstance(value, Node) else value
 
-    def pull(self, node: Node, layout: Layout) -> Any:
+    def pull(self, node: Any, layout: Layout) -> Any:
         """Rows of `node`. The layout must hold all row tags of the request."""
         if not tags(layout):
             return self.full(node)
@@ -93,8 +93,20 @@ class RowPuller:
             value = rule(self, node, layout)
         except Stop as stop:
             return self._stop(node, layout, stop.reason)
+        if not self._has_shape(value, layout):
+            return self._stop(node, layout, f"{node.target} on rows has another shape")
         self.pulled.add(node)
         return value
+
+    def _has_shape(self, value: Any, layout: Layout) -> bool:
+        """Whether a rule gave what was asked for; sizes known only at run time are trusted."""
+        if not isinstance(value, Tensor):
+            return True
+        wanted = selected_shape(layout, self.selection)
+        if len(wanted) != value.dim():
+            return False
+        sizes = zip(value.shape, wanted, strict=True)
+        return all(a == b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
 
     def gather(self, node: Node, layout: Layout) -> Any:
         full = self.full(node)

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from torch.fx.traceback import preserve_node_meta
 
 from ..torch_compat import new_fake_mode, placeholder_source
+from .functional import Mutation, make_functional
+from .region import source_line
 
 ENTER = torch.amp.autocast_mode._enter_autocast
 EXIT = torch.amp.autocast_mode._exit_autocast
@@ -73,7 +76,13 @@ def retrace(gm: GraphModule, values: Sequence[Any]) -> AtenGraph:
     with torch.no_grad(), fake_mode, preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True)(*(fakes[i] for i in tensors))
     _strip_disabled_autocast(traced)
+    try:
+        make_functional(traced)
+    except Mutation as error:
+        raise Untraceable(f"{error} ({source_line(error.node) or error.node.name})") from None
     traced.graph.eliminate_dead_code()
+    merged = CSEPass(get_CSE_banned_ops())(traced)
+    traced = merged.graph_module if merged is not None else traced
     traced.recompile()
     holes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = tuple(_describe(i, holes[i], values[i]) for i in tensors)

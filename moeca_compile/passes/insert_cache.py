@@ -21,11 +21,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.traceback import set_current_meta
 
 from ..graph.evaluate import Evaluator
-from ..graph.experts import ExpertRows, per_expert, sort_branches
-from ..graph.region import MoERegion
+from ..graph.experts import sort_branches
 from ..options import Options
 from .cache_plan import CachePlan, LayerPlan
 from .reuse_layer import ReuseLayer
+from .run_experts import run_experts
 
 moeca = torch.ops.moeca
 VARIANTS = ("plain", "refresh", "reuse")
@@ -36,8 +36,7 @@ class VariantInputs:
     """What a variant's traced function receives besides the model's own inputs."""
 
     caches: dict[str, Tensor]
-    count_branches: Tensor | None = None  # CPU int64 scalar: branches per sample under a budget
-    count_tokens: Tensor | None = None  # CPU int64 scalar: tokens per sample (attention first)
+    count_branches: Tensor | None = None  # CPU int64 [layers]: branches per sample under a budget
 
 
 def variant_outputs(
@@ -51,9 +50,10 @@ def variant_outputs(
     """(the model's outputs, counters [layers, fields] or None), evaluated under tracing."""
     evaluator = Evaluator(gm, inputs)
     reuse: list[ReuseLayer] = []
-    for layer in plan.layers:
+    for number, layer in enumerate(plan.layers):
         if variant == "reuse":
-            reuse.append(ReuseLayer(evaluator, layer, options, extra, plan.needed))
+            count = None if extra.count_branches is None else extra.count_branches[number]
+            reuse.append(ReuseLayer(evaluator, layer, options, extra.caches, count, plan.needed))
             reuse[-1].install()
         else:
             _install_full(evaluator, layer, options, extra.caches if variant == "refresh" else None)
@@ -115,14 +115,6 @@ def _route_all(
             branches = moeca.cache_read(caches[layer.name("slot_out")], layer.branches)
             _store_slots(evaluator, layer, options, caches, ids, rows, order, out)
         evaluator.set(region.routed, branches.reshape(layer.tokens, region.top_k, -1))
-
-
-def run_experts(evaluator: Evaluator, region: MoERegion, rows: list[Tensor], groups: Any) -> Tensor:
-    """Expert outputs of rows sorted by expert: [R, D]."""
-    body, _, _, params = region.routed.args
-    body = getattr(evaluator.gm, str(body.target))  # type: ignore[union-attr]
-    values = torch.fx.map_arg(params, evaluator.value)
-    return ExpertRows(body, rows, [per_expert(p) for p in values], groups).run()
 
 
 def _store_slots(

@@ -181,7 +181,7 @@ def _unpairable(
         if layout is None:
             return "the expert input has no token rows in front"
         outside = needed - descendants(root, stop=cuts)
-        dry = dry_pull(rows, layout, draft.space, outside | cuts, per_sample=True)
+        dry = dry_pull([RowRoot(rows, layout)], outside | cuts, draft.space)
         if dry is None or root in dry.stops or dry.requested.get(root) not in (None, region.root.layout):
             return "the order of the token rows changes between attention and routing"
     dry = pull_attention(region, needed)
@@ -219,7 +219,7 @@ def _shared_root(
     if layout is None or not tags(layout):
         return None
     outside = needed_in_full(gm, drafts, cuts | {node}) | cuts
-    dry: Any = dry_pull(node, layout, region.space, outside - {node}, per_sample=True)
+    dry: Any = dry_pull([RowRoot(node, layout)], outside - {node}, region.space)
     if dry is None or dry.stops or not any(is_heavy(n) for n in dry.pulled):
         return None
     return RowRoot(node, layout)

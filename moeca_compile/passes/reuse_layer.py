@@ -10,7 +10,7 @@ Semantics: method step by step in `tests/reference.py`, which judges this file i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +24,12 @@ from ..graph.layout import Selection
 from ..graph.pull import RowPuller
 from ..graph.row_cache import RowCache, padded_index
 from ..options import Options
+from ..runtime.telemetry import FIELDS
 from .cache_plan import AttentionPlan, LayerPlan
-
-if TYPE_CHECKING:
-    from .insert_cache import VariantInputs
+from .run_experts import run_experts
 
 moeca = torch.ops.moeca
 MIN_ROWS = 2  # Inductor specialises sizes 0 and 1: fewer rows are padded, padding is not stored
-COUNTERS = (
-    "branches_computed",
-    "tokens_attended",
-    "unmatched",
-    "dropped",
-    "shared_rows",
-    "rows_run",
-)
 
 
 class ReuseLayer:
@@ -49,7 +40,8 @@ class ReuseLayer:
         evaluator: Evaluator,
         layer: LayerPlan,
         options: Options,
-        extra: VariantInputs,
+        caches: dict[str, Tensor],
+        count: Tensor | None,
         needed: frozenset[Node],
     ):
         self.evaluator = evaluator
@@ -57,7 +49,8 @@ class ReuseLayer:
         self.layer = layer
         self.region = layer.region
         self.options = options
-        self.extra = extra
+        self.caches = caches
+        self.count = count
         self._roots = {a.root.root.node for a in layer.attention} | {
             c.root.node for c in layer.shared
         }
@@ -72,15 +65,15 @@ class ReuseLayer:
         self.evaluator.replace(self.region.combine, self._combine)
 
     def counters(self) -> Tensor:
-        """int64 [fields], in the order of COUNTERS, counted from what ran."""
+        """int64 [fields], in the order of telemetry.FIELDS, counted from what ran."""
         assert self._counters is not None
         return self._counters
 
     def _cache(self, field: str) -> Tensor:
-        return self.extra.caches[self.layer.name(field)]
+        return self.caches[self.layer.name(field)]
 
     def _read(self, cache: RowCache) -> Tensor:
-        rows = moeca.cache_read(self.extra.caches[cache.name], self.layer.tokens)
+        rows = moeca.cache_read(self.caches[cache.name], self.layer.tokens)
         return cache.from_rows(rows)
 
     # -- routing ---------------------------------------------------------------------------------
@@ -144,9 +137,9 @@ class ReuseLayer:
 
     def _budget(self) -> Any:
         """Branches per sample under a budget, a size known only at run time."""
-        if self.extra.count_branches is None:
+        if self.count is None:
             return None
-        count = self.extra.count_branches.item()
+        count: Any = self.count.item()
         torch._check(count >= MIN_ROWS)
         torch._check(count <= self.layer.branches // self.region.space.samples)
         return count
@@ -188,7 +181,7 @@ class ReuseLayer:
             root = cache.root
             with set_current_meta(root.node):
                 fresh = cache.to_rows(puller.pull(root.node, root.layout), self.selection)
-                moeca.cache_write(self.extra.caches[cache.name], self.write_index, fresh)
+                moeca.cache_write(self.caches[cache.name], self.write_index, fresh)
                 self.evaluator.set(root.node, self._read(cache))
 
     def _combine(self) -> None:
@@ -203,11 +196,8 @@ class ReuseLayer:
             self._evaluate_combine(slots.reshape(*self.computed.shape, -1))
 
     def _compute_branches(self, rows: list[Tensor]) -> None:
-        from .insert_cache import run_experts
-
         region, flat = self.region, self.computed.reshape(-1)
-        budget = self.extra.count_branches
-        if budget is None:
+        if self.count is None:
             count: Any = flat.sum().clamp(min=MIN_ROWS).item()
             torch._check(count >= MIN_ROWS)
             torch._check(count <= self.layer.branches)
@@ -228,7 +218,7 @@ class ReuseLayer:
             root = cache.root
             with set_current_meta(root.node):
                 fresh = cache.to_rows(puller.pull(root.node, root.layout), self.selection)
-                moeca.cache_write(self.extra.caches[cache.name], self.write_index, fresh)
+                moeca.cache_write(self.caches[cache.name], self.write_index, fresh)
                 self.evaluator.set(root.node, self._read(cache))
 
     def _update_slots(self, rows: list[Tensor]) -> None:
@@ -269,4 +259,4 @@ class ReuseLayer:
             "shared_rows": attended if self.layer.shared else zero,
             "rows_run": zero + run,
         }
-        self._counters = torch.stack([values[name] for name in COUNTERS])
+        self._counters = torch.stack([values[name] for name in FIELDS])

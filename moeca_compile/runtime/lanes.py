@@ -92,7 +92,6 @@ class Lane:
     widest_gap: float = 0.0
     probe: Tensor | None = None
     chords: list[float] = field(default_factory=list)
-    born_broken: bool = False  # the generation began with a sample that did not continue
     stale: str = ""  # why the rows may not be read at the next call
     stale_generation: bool = False  # ... and that call starts a new generation
 

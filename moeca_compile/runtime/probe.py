@@ -8,11 +8,14 @@ Directions, not values: samplers in sigma space shrink the sample by 80 in a gen
 row counts, so one replaced sample in a batch is seen (exactly up to 8 samples, by group beyond).
 
 The bounds, from the trained 32 x 32 model and from the formulas of common samplers: the largest
-chord of one step is 0.12 (Euler or Heun, 20 steps), 0.24 (10), 0.57 (4), 0.42 (20 steps, shift 12),
-0.69 (stochastic, eta 0.5), 0.9 (ancestral, 20 steps); the next step's was at most 2.04 times as
-large, where steps are wide at most 1.3 times. A new noise tensor is 0.85 and more away at noise
-level 0.5, any other image in the batch 0.5 and more even at level 0.05. What stays below every
-bound (the same image noised again at level 0.05: 0.07) has moved less than an ordinary step moves.
+chord of one step is 0.12 (Euler or Heun, 20 steps), 0.24 (10), 0.42 (20 steps, shift 12), the first
+one 0.06 (0.31 with 4 steps); from one step to the next it grew at most 2.0 times (2.6 with 10) and
+by 0.22. A new noise tensor is 0.85 and more away at noise level 0.5, any other image in the batch
+0.5 and more even at level 0.05. What stays below every bound (the same image noised again at level
+0.05: 0.07) has moved less than an ordinary step moves.
+Wider steps than that refresh needlessly: some of Karras below 12 steps, of Euler below 5.
+Stochastic samplers move as far as another generation would (0.4 to 0.7 with eta 0.5, 0.6 to 0.9
+ancestral with 20 steps): such steps are unclear and refresh, unless the caller vouches for them.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ PROBE_ELEMENTS = 512
 PROBE_ROWS = 8  # 64 elements a row: with fewer, a stochastic sampler's noise decides
 
 BROKEN_CHORD = 1.0  # cosine 0.5: another sample, whatever came before
-UNCLEAR_CHORD = 0.5  # cosine 0.875: too far while the width of this generation's steps is unknown
+WIDE_CHORD = 0.5  # cosine 0.875: could be another sample
+FIRST_CHORD = 0.35  # cosine 0.94: the same while the width of this generation's steps is unknown
 SMALL_CHORD = 0.1  # cosine 0.995: less than one step of a 20-step sampler
-JUMP_RATIO = 2.5  # over the largest of the last JUMP_WINDOW chords ...
-JUMP_MARGIN = 0.25  # ... and no more than this above it
+JUMP_RATIO = 3.0  # over the largest of the last JUMP_WINDOW chords ...
+JUMP_MARGIN = 0.3  # ... and no more than this above it
 JUMP_WINDOW = 4
 
 Continuity = Literal["continues", "unclear", "broken"]
@@ -60,20 +64,24 @@ def chords(old: Tensor, new: Tensor) -> Tensor:
     return torch.linalg.vector_norm(new - old, dim=1)
 
 
-def judge_chords(chord: float, recent: Sequence[float]) -> Continuity:
+def judge_chords(chord: float, recent: Sequence[float], vouched: bool = False) -> Continuity:
     """Whether a sample that moved by `chord` is the next one of its generation.
 
-    recent: the last chords of the generation, at most JUMP_WINDOW count. NaN is "unclear".
+    recent: chords of the generation so far that did continue, the last JUMP_WINDOW count. vouched:
+    the caller knows that it is one generation, only BROKEN_CHORD counts. NaN is "unclear".
     """
     if math.isnan(chord):
         return "unclear"
     if chord > BROKEN_CHORD:
         return "broken"
+    if vouched:
+        return "continues"
     if not recent:
-        return "unclear" if chord > UNCLEAR_CHORD else "continues"
+        return "unclear" if chord > FIRST_CHORD else "continues"
     widest = max(recent[-JUMP_WINDOW:])
-    allowed = max(SMALL_CHORD, min(JUMP_RATIO * widest, JUMP_MARGIN + widest))
-    return "broken" if chord > allowed else "continues"
+    if chord > max(SMALL_CHORD, min(JUMP_RATIO * widest, JUMP_MARGIN + widest)):
+        return "broken"
+    return "unclear" if chord > WIDE_CHORD else "continues"
 
 
 @lru_cache(maxsize=64)

@@ -88,18 +88,19 @@ class SessionTracker:
     ) -> None:
         self._book = LaneBook(max_lanes, on_evict)
         self._generations = 0
+        self._lanes_before = 0
         self._explicit = False
         self._explicit_generation: int | None = None
 
     @property
     def generations(self) -> int:
-        """Generations begun so far."""
+        """Generations begun since the last reset."""
         return self._generations
 
     @property
     def lanes(self) -> int:
-        """Lanes opened so far, evicted ones included."""
-        return self._book.opened
+        """Lanes opened since the last reset, evicted ones included."""
+        return self._book.opened - self._lanes_before
 
     @property
     def live_lanes(self) -> tuple[int, ...]:
@@ -128,7 +129,8 @@ class SessionTracker:
         else:
             verdict = self._judge_timestep(lane, now, problem, probe is not None)
             if sample is not None and not verdict.starts:
-                verdict = self._judge_sample(lane, probe, chord) or verdict
+                repeats = verdict.reason == SAME_STEP
+                verdict = self._judge_sample(lane, probe, chord, repeats) or verdict
             if lane.stale and not verdict.fresh:
                 verdict = _Verdict(lane.stale)
         lane.problem = problem
@@ -142,16 +144,18 @@ class SessionTracker:
                 known.stale = known.stale or reason
 
     def reset(self) -> None:
-        """Forget every lane; keys and generation numbers go on counting."""
+        """Forget every lane and count from zero; lane keys are still never used twice."""
         self._book.clear()
+        self._generations = 0
+        self._lanes_before = self._book.opened
         self._explicit_generation = None
 
     def begin_generation(self) -> None:
         """Start a new generation on all lanes; until `end_generation` calls belong to it.
 
         Inside, a timestep that repeats, jumps back, widens its gap or is missing starts nothing
-        (restart samplers). A sample that does not continue still refreshes, as do mixed and
-        not-finite timesteps. Raises SessionError when already inside.
+        (restart samplers), and a sample that moves far is accepted (stochastic samplers). An
+        unrelated sample, mixed or not-finite timesteps still refresh. Raises SessionError inside.
         """
         if self._explicit:
             raise SessionError("begin_generation: expected no open generation, found one; end it")
@@ -179,11 +183,15 @@ class SessionTracker:
         for lane in self._book.lanes:
             lane.stale, lane.stale_generation = reason, True
 
-    def _judge_sample(self, lane: Lane, probe: Tensor | None, chord: float) -> _Verdict | None:
+    def _judge_sample(
+        self, lane: Lane, probe: Tensor | None, chord: float, repeats: bool
+    ) -> _Verdict | None:
         if probe is None:
             return _Verdict(SAMPLE_EMPTY)
-        continuity = judge_chords(chord, lane.chords)
-        if continuity == "broken":
+        continuity = judge_chords(chord, lane.chords, vouched=self._explicit)
+        # No sampler moves far without moving in time: that is another sample's first step.
+        far = repeats and continuity == "unclear" and not math.isnan(chord)
+        if continuity == "broken" or far:
             return _Verdict(SAMPLE_CHANGED, starts=not self._explicit)
         return _Verdict(SAMPLE_UNCLEAR) if continuity == "unclear" else None
 
@@ -215,12 +223,11 @@ class SessionTracker:
             lane.generation = self._generation_of(lane, now, probe)
             lane.step, lane.direction, lane.widest_gap = 0, 0, 0.0
             lane.chords.clear()
-            lane.born_broken = verdict.reason == SAMPLE_CHANGED
         else:
             lane.step += verdict.reason != SAME_STEP
             _learn_schedule(lane, now)
-            if not math.isnan(chord) and _is_step_width(lane, verdict):
-                lane.add_chord(chord)
+            if not verdict.fresh and not math.isnan(chord):
+                lane.add_chord(chord)  # a refused sample must not widen what is accepted
         lane.timestep, lane.probe = now, probe
         lane.stale, lane.stale_generation = "", False
         return StepInfo(
@@ -254,14 +261,6 @@ def _same_sample(left: Tensor | None, right: Tensor | None) -> bool:
 
 def _is_same(now: float, last: float) -> bool:
     return abs(now - last) <= SAME_TIMESTEP * max(abs(now), abs(last))
-
-
-def _is_step_width(lane: Lane, verdict: _Verdict) -> bool:
-    """Whether this call's chord shows how far this sampler moves in a step. Not when the sample
-    broke, and not an unclear one after a break: those may be two generations taking turns."""
-    if verdict.reason == SAMPLE_UNCLEAR:
-        return not lane.born_broken
-    return verdict.reason not in (SAMPLE_CHANGED, GAP)
 
 
 def _learn_schedule(lane: Lane, now: float | None) -> None:

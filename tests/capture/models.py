@@ -47,7 +47,9 @@ class ConditionedMlp(Mlp):
         super().__init__()
         self.shift = nn.Linear(DIM, DIM)
 
-    def forward(self, x: Tensor, c: Tensor, scale: float = 1.0, table: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor, scale: float = 1.0, table: Tensor | None = None
+    ) -> Tensor:
         y = super().forward(x + self.shift(c)) * scale
         return y if table is None else y + table.sum(0)
 
@@ -188,7 +190,7 @@ class HitList(nn.Module):
         for hit in hits:
             slot, token = torch.where(mask[hit[0]])
             out = self.bank[hit[0]](flat[token]) * weights[token, slot, None]
-            total.index_add_(0, token, out)
+            total.index_add_(0, token, out.to(total.dtype))
         return total.view(x.shape)
 
 
@@ -215,7 +217,7 @@ class MaskLoop(HitList):
         repeated = flat.repeat_interleave(SLOTS, 0)
         out = torch.empty_like(repeated)
         for number, expert in enumerate(self.bank):
-            out[picks == number] = expert(repeated[picks == number])
+            out[picks == number] = expert(repeated[picks == number]).to(out.dtype)
         total = (out.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
         return total.view(x.shape)
 
@@ -262,7 +264,9 @@ class LoadLimit(SplitLoop):
         load = torch.bincount(probs.argmax(-1), minlength=self.n).tolist()
         branch = index.reshape(-1)
         order = branch.argsort()
-        parts = flat.index_select(0, order // self.k).split(branch.bincount(minlength=self.n).tolist())
+        parts = flat.index_select(0, order // self.k).split(
+            branch.bincount(minlength=self.n).tolist()
+        )
         outs = [e(p) * float(n < 14) for e, p, n in zip(self.bank, parts, load)]
         out = torch.cat(outs).index_select(0, order.argsort()).view(-1, self.k, DIM)
         return (out * weight.unsqueeze(-1)).sum(1).view(x.shape)

@@ -65,9 +65,7 @@ def ddim(steps: int, seed: int = 0) -> list[Call]:
     """Integer timesteps 999 .. , variance preserving."""
     keep = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
     times = [int(t) for t in torch.linspace(999, 0, steps + 1)[:-1]]
-    return [
-        (t, keep[t].sqrt() * image(seed) + (1 - keep[t]).sqrt() * noise(seed)) for t in times
-    ]
+    return [(t, keep[t].sqrt() * image(seed) + (1 - keep[t]).sqrt() * noise(seed)) for t in times]
 
 
 def ancestral(steps: int, seed: int = 0) -> list[Call]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+
 from moeca_compile.errors import OptionsError
 from moeca_compile.options import Options
 from moeca_compile.policies import POLICIES, find_policy
 from moeca_compile.policies.protocol import Decision
 from moeca_compile.runtime.controller import Controller, LaneAges
 from moeca_compile.runtime.session import SessionTracker, StepInfo
-from schedules import euler, heun
+from runtime.schedules import euler, heun
 
 
 def info(step: int, fresh: bool = False, reason: str = "continues") -> StepInfo:

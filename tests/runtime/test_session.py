@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from moeca_compile.errors import SessionError
 from moeca_compile.runtime.session import SessionTracker, StepInfo
-from schedules import BATCH, Call, ancestral, ddim, euler, flow, heun, karras, noise
-from torch import Tensor
+from runtime.schedules import BATCH, Call, ancestral, ddim, euler, flow, heun, karras, noise
 
 LABELS, NULL = torch.tensor([3, 5]), torch.tensor([10, 10])
 
@@ -31,7 +33,7 @@ SAMPLERS = {
     "euler20": lambda seed: euler(20, seed),
     "euler50": lambda seed: euler(50, seed),
     "euler10": lambda seed: euler(10, seed),
-    "euler4": lambda seed: euler(4, seed),
+    "euler8": lambda seed: euler(8, seed),
     "shift3": lambda seed: euler(20, seed, shift=3.0),
     "shift12": lambda seed: euler(20, seed, shift=12.0),
     "rising": lambda seed: [(1 - t, x) for t, x in euler(20, seed)],
@@ -40,7 +42,7 @@ SAMPLERS = {
     "karras20": lambda seed: karras(20, seed),
     "ddim20": lambda seed: ddim(20, seed),
     "ddim50": lambda seed: ddim(50, seed),
-    "ancestral20": lambda seed: ancestral(20, seed),
+    "karras12": lambda seed: karras(12, seed),
 }
 
 
@@ -98,19 +100,36 @@ def test_new_image_near_the_clean_end_is_a_new_generation() -> None:
         assert info.fresh and info.new_generation
 
 
-def test_unclear_first_step_refreshes_without_a_new_generation() -> None:
+def test_wide_steps_refresh_unless_the_caller_vouches_for_the_generation() -> None:
+    tracker = SessionTracker()
+    infos = run(tracker, ancestral(20))
+    wide = [i for i in infos[1:] if i.fresh]
+    assert wide and {i.reason for i in wide} == {"sample_unclear"}
+    assert {i.generation for i in infos} == {0} and [i.step for i in infos] == list(range(20))
+    with tracker.generation():
+        assert_one_generation(run(tracker, ancestral(20, seed=1)), 1)
+
+
+def test_a_far_sample_at_the_same_timestep_is_a_new_generation_even_after_one_call() -> None:
+    tracker = SessionTracker()
+    tracker.observe(0.3, (LABELS,), noise(0))
+    info = tracker.observe(0.3, (LABELS,), noise(0) + 0.8 * noise(1))
+    assert (info.fresh, info.reason, info.generation) == (True, "sample_changed", 1)
+
+
+def test_refused_samples_do_not_widen_what_is_accepted() -> None:
     tracker = SessionTracker()
     tracker.observe(1.0, (LABELS,), noise(0))
-    info = tracker.observe(0.9, (LABELS,), noise(0) + 0.8 * noise(1))
-    assert (info.fresh, info.reason, info.generation) == (True, "sample_unclear", 0)
-    again = tracker.observe(0.8, (LABELS,), noise(0) + 1.9 * noise(1))
-    assert not again.fresh  # the lane now knows that its sampler takes wide steps
+    for number, share in enumerate((0.5, 0.5, 0.5), start=1):
+        sample = noise(0) + share * noise(number)
+        info = tracker.observe(1 - 0.05 * number, (LABELS,), sample)
+        assert (info.fresh, info.reason, info.generation) == (True, "sample_unclear", 0)
 
 
 def test_changed_prompt_with_the_same_schedule_opens_a_lane() -> None:
     tracker = SessionTracker()
-    run(tracker, euler(5), LABELS)
-    other = run(tracker, euler(5), LABELS + 1)
+    run(tracker, euler(20), LABELS)
+    other = run(tracker, euler(20), LABELS + 1)
     assert other[0].reason == "new_lane" and other[0].lane == 1
     assert_one_generation(other, 1)
     back = run(tracker, euler(5, seed=2), LABELS.clone())
@@ -127,7 +146,7 @@ def test_prompt_changed_in_the_middle_never_reads_the_other_prompts_rows() -> No
 def test_conditioning_overwritten_in_place_is_another_lane() -> None:
     for labels in (LABELS.clone(), torch.randn(4, 700)):
         tracker = SessionTracker()
-        calls = euler(5)
+        calls = euler(20)
         run(tracker, calls[:2], labels)
         labels.add_(1)
         assert tracker.observe(*_args(calls[2], labels)).reason == "new_lane"
@@ -143,19 +162,19 @@ def test_small_conditioning_changed_behind_torch_is_seen() -> None:
     labels = LABELS.clone()
     shared = labels.numpy()
     tracker = SessionTracker()
-    run(tracker, euler(5)[:2], labels)
+    run(tracker, euler(20)[:2], labels)
     shared[:] = 7
-    assert tracker.observe(*_args(euler(5)[2], labels)).reason == "new_lane"
+    assert tracker.observe(*_args(euler(20)[2], labels)).reason == "new_lane"
 
 
 def test_data_swapped_to_another_storage_is_seen() -> None:
     states = torch.randn(4, 700)
     tracker = SessionTracker()
-    run(tracker, euler(5)[:2], states)
+    run(tracker, euler(20)[:2], states)
     version = states._version
     states.data = torch.randn(4, 700)
     assert states._version == version
-    assert tracker.observe(*_args(euler(5)[2], states)).reason == "new_lane"
+    assert tracker.observe(*_args(euler(20)[2], states)).reason == "new_lane"
 
 
 def test_recycled_addresses_do_not_alias() -> None:
@@ -183,11 +202,11 @@ def test_inference_tensors_are_compared_by_value(states: Tensor) -> None:
     with torch.inference_mode():
         tracker, given = SessionTracker(), states.clone()
         assert given.is_inference()
-        infos = run(tracker, euler(5)[:3], given)
+        infos = run(tracker, euler(20)[:3], given)
         assert_one_generation(infos)
         given.add_(1)  # leaves no trace but the values
-        assert tracker.observe(*_args(euler(5)[3], given)).reason == "new_lane"
-    assert tracker.observe(*_args(euler(5)[4], given)).reason == "continues"
+        assert tracker.observe(*_args(euler(20)[3], given)).reason == "new_lane"
+    assert tracker.observe(*_args(euler(20)[4], given)).reason == "continues"
 
 
 @pytest.mark.parametrize(
@@ -207,16 +226,16 @@ def test_inference_tensors_are_compared_by_value(states: Tensor) -> None:
 )
 def test_conditioning_kinds_are_told_apart(before: object, after: object) -> None:
     tracker = SessionTracker()
-    run(tracker, euler(5)[:2], before)
-    assert tracker.observe(*_args(euler(5)[2], before)).reason == "continues"
-    assert tracker.observe(*_args(euler(5)[3], after)).reason == "new_lane"
-    assert tracker.observe(*_args(euler(5)[3], before, before)).reason == "new_lane"
+    run(tracker, euler(20)[:2], before)
+    assert tracker.observe(*_args(euler(20)[2], before)).reason == "continues"
+    assert tracker.observe(*_args(euler(20)[3], after)).reason == "new_lane"
+    assert tracker.observe(*_args(euler(20)[3], before, before)).reason == "new_lane"
 
 
 @pytest.mark.parametrize("value", [float("nan"), torch.tensor(float("nan")), object(), [1]])
 def test_what_cannot_be_compared_never_matches(value: object) -> None:
     tracker = SessionTracker()
-    assert all(i.reason == "new_lane" for i in run(tracker, euler(5), value))
+    assert all(i.reason == "new_lane" for i in run(tracker, euler(20), value))
 
 
 def test_empty_conditioning_is_one_lane() -> None:
@@ -228,7 +247,7 @@ def test_empty_conditioning_is_one_lane() -> None:
     "change",
     [lambda x: x[:1], lambda x: x.double(), lambda x: torch.cat([x, x]), lambda x: x[..., :16]],
 )
-def test_changed_batch_dtype_or_size_is_another_lane(change) -> None:  # noqa: ANN001
+def test_changed_batch_dtype_or_size_is_another_lane(change: Callable[[Tensor], Tensor]) -> None:
     tracker = SessionTracker()
     calls = euler(20)
     for t, x in calls[:5]:
@@ -273,7 +292,7 @@ def test_unclear_timesteps_refresh_this_call_and_the_next(timestep: object, reas
         lambda t: torch.full((BATCH,), t, dtype=torch.float16),
     ],
 )
-def test_every_spelling_of_a_timestep(spell) -> None:  # noqa: ANN001
+def test_every_spelling_of_a_timestep(spell: Callable[[float], object]) -> None:
     tracker = SessionTracker()
     infos = [tracker.observe(spell(float(t)), (LABELS,), x) for t, x in ddim(20)]
     assert_one_generation(infos)
@@ -290,7 +309,7 @@ def test_timesteps_that_differ_by_rounding_are_the_same_step() -> None:
 
 def test_a_gap_in_the_schedule_refreshes_without_a_new_generation() -> None:
     tracker = SessionTracker()
-    calls = euler(50)
+    calls = euler(200)
     run(tracker, calls[:5])
     assert not tracker.observe(*_args(calls[6], LABELS)).fresh  # 2 x: within a schedule's freedom
     tracker = SessionTracker()
@@ -361,7 +380,10 @@ def test_lanes_are_bounded_and_the_oldest_is_evicted() -> None:
     assert evicted == [1, 2] and tracker.live_lanes == (4, 3, 0) and tracker.lanes == 5
     tracker.reset()
     assert evicted == [1, 2, 0, 3, 4] and tracker.live_lanes == ()
-    assert tracker.observe(*_args(calls[1], 0)).lane == 5
+    assert (tracker.generations, tracker.lanes) == (0, 0)
+    info = tracker.observe(*_args(calls[1], 0))
+    assert (info.lane, info.generation, info.reason) == (5, 0, "new_lane")
+    assert (tracker.generations, tracker.lanes) == (1, 1)
 
 
 def test_invalidate_refreshes_each_lane_once() -> None:
@@ -388,12 +410,12 @@ def test_explicit_generation_starts_anew_and_ignores_jumps() -> None:
         first = tracker.observe(*_args(calls[5], LABELS))
         assert (first.reason, first.generation) == ("generation_started", 1)
         assert tracker.observe(*_args(calls[5], NULL)).generation == 1
-        for number in (6, 7, 6, 5, 6, 6, 8):
+        for number in (6, 7, 6, 5, 6, 6, 12):
             info = tracker.observe(*_args(calls[number], LABELS))
             assert not info.fresh and info.generation == 1
         assert info.step == 6  # one of the seven calls repeated its timestep
-        assert not tracker.observe(None, (LABELS,), calls[8][1]).fresh
-    after = tracker.observe(*_args(calls[9], LABELS))
+        assert not tracker.observe(None, (LABELS,), calls[12][1]).fresh
+    after = tracker.observe(*_args(calls[13], LABELS))
     assert (after.reason, after.generation) == ("generation_ended", 2)
 
 

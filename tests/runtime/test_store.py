@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moeca_compile.runtime.store import CacheLayout, CacheSpec, CacheStore
 
 CPU = torch.device("cpu")

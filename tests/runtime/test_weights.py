@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from moeca_compile.runtime.weights import WeightVersion
 from torch import nn
+
+from moeca_compile.runtime.weights import WeightVersion
 
 
 def _model() -> nn.Module:

@@ -1,0 +1,27 @@
+"""moeca_compile: `torch.compile(model, backend="moeca")` for Diffusion Transformers with experts.
+
+    compiled = torch.compile(model, backend="moeca", options={"interval": 4})
+    images = sample(compiled, ...)           # the sampling loop stays as it is
+    print(moeca_compile.stats(compiled))     # what ran, what was reused
+"""
+
+from . import ops as _ops  # the moeca:: ops must exist before anything names them
+from .api import generation, reset, stats
+from .capture import prepare
+from .debug.explain import explain
+from .errors import MoecaError, OptionsError, UnsupportedError
+from .options import Options
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MoecaError",
+    "Options",
+    "OptionsError",
+    "UnsupportedError",
+    "explain",
+    "generation",
+    "prepare",
+    "reset",
+    "stats",
+]

@@ -1,0 +1,25 @@
+"""Matched regions and near misses as a table, for dumps and explain."""
+
+from __future__ import annotations
+
+from tabulate import tabulate
+
+from ..graph.region import Regions, source_line
+from ..passes.cache_plan import CachePlan
+
+
+def region_table(regions: Regions, plan: CachePlan) -> str:
+    """One line per region: kind, module path, what it is, or why it did not match and where."""
+    rows = []
+    for moe in regions.moe:
+        shape = f"{moe.num_experts} experts, top-{moe.top_k}, {len(moe.shared)} shared"
+        rows.append(("moe", moe.name, "yes", shape, moe.routed.name))
+        for attention in moe.attention:
+            cached = "K and V cached" if attention.key_value else "K and V recomputed in full"
+            rows.append(("attention", attention.name, "yes", cached, attention.root.node.name))
+    for miss in regions.missed:
+        place = source_line(miss.node) or miss.node.name
+        rows.append((miss.kind, miss.name, "no", miss.reason, place))
+    headers = ("kind", "module", "matched", "what or why not", "node")
+    table = tabulate(rows, headers=headers, tablefmt="simple", maxcolwidths=[None, 40, None, 60, 60])
+    return f"{table}\n\ncache: {plan.layout.nbytes:,} bytes per lane\n"

@@ -1,0 +1,90 @@
+"""One compiled callable per variant of a step, made when it is first needed.
+
+    Variants(analysis).get("reuse")(*model inputs, *caches, *counts) -> outputs, counters
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..debug.dump import Dumper
+from ..options import Options
+from ..passes.insert_cache import VariantInputs, variant_outputs
+from ..pipeline import Analysis
+from ..torch_compat import inductor
+from .lower import lower, trace
+
+# Moving reads of a cache behind the writes would make Inductor clone the cache: keep the order.
+KEEP_ORDER = {"reorder_for_locality": False}
+
+
+class Variants:
+    """Traces, lowers and compiles variants of one analysed graph. `config`: Inductor options."""
+
+    def __init__(
+        self, analysis: Analysis, options: Options, config: dict[str, Any], dumper: Dumper
+    ):
+        self.analysis = analysis
+        self.options = options
+        self.dumper = dumper
+        self.compile_seconds: dict[str, float] = {}
+        self._config = config
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def get(self, variant: str) -> Callable[..., Any]:
+        """The compiled variant: "plain", "refresh" or "reuse"."""
+        found = self._compiled.get(variant)
+        if found is None:
+            started = time.perf_counter()
+            found = self._compiled[variant] = self._compile(variant)
+            self.compile_seconds[variant] = time.perf_counter() - started
+        return found
+
+    def counts(self, variant: str) -> int:
+        """How many CPU count inputs the variant takes behind its caches."""
+        return 1 if variant == "reuse" and self.options.budget is not None else 0
+
+    def lowered(self, variant: str) -> tuple[Any, list[Tensor]]:
+        """(graph, fake inputs) as handed to Inductor."""
+        aten, plan = self.analysis.aten, self.analysis.plan
+        holes = aten.placeholders
+        fakes = [n.meta["val"] for n in holes]
+        specs = plan.layout.specs if variant != "plain" else ()
+        scratch = plan.scratch if variant == "refresh" else frozenset()
+        with aten.fake_mode:
+            for spec in specs:
+                rows = spec.shape[0] - (spec.name in scratch)
+                fakes.append(
+                    torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype, device=spec.device)
+                )
+            fakes += [torch.empty(len(plan.layers), dtype=torch.int64)] * self.counts(variant)
+
+        def run(*args: Tensor) -> Any:
+            caches = dict(zip((s.name for s in specs), args[len(holes) :], strict=False))
+            counts = args[len(holes) + len(specs) :]
+            extra = VariantInputs(caches, *counts)
+            inputs = dict(zip(holes, args, strict=False))
+            outputs, counters = variant_outputs(
+                aten.gm, plan, self.options, variant, inputs, extra
+            )
+            return (*outputs, counters) if counters is not None else tuple(outputs)
+
+        started = time.perf_counter()
+        dialect = trace(run, fakes, aten.fake_mode)
+        elapsed = (time.perf_counter() - started) * 1e3
+        self.dumper.graph(f"{variant}.dialect", dialect, elapsed)
+        started = time.perf_counter()
+        graph = lower(dialect, fakes, aten.fake_mode)
+        elapsed = (time.perf_counter() - started) * 1e3
+        self.dumper.graph(f"{variant}.lowered", graph, elapsed)
+        return graph, fakes
+
+    def _compile(self, variant: str) -> Callable[..., Any]:
+        graph, fakes = self.lowered(variant)
+        config = {**KEEP_ORDER, **self._config} if variant == "reuse" else self._config
+        return inductor(graph, fakes, self.analysis.aten.fake_mode, config)

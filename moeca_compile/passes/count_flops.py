@@ -1,0 +1,91 @@
+"""What one step and one row of each region costs, from the graph alone (fake tensors, no work).
+
+    layer_costs(gm, plan) -> ([LayerCost per MoE layer], fixed FLOPs outside the layers' rows)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..graph.dry_run import dry_pull
+from ..graph.experts import ExpertRows, SortedRows, per_expert
+from ..graph.region import RowRoot
+from ..graph.retrace import AtenGraph
+from ..options import Options
+from ..runtime.stats import LayerCost
+from .cache_plan import CachePlan, LayerPlan
+from .insert_cache import VariantInputs, variant_outputs
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """Two products over [.., queries, keys]; the shapes are given, not the tensors."""
+    *batch, queries, width = q
+    rows = queries
+    for size in batch:
+        rows *= size
+    return 2 * rows * k[-2] * (width + v[-1])
+
+
+def _grouped_flops(rows: Any, ends: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * rows[0] * rows[1] * weights[0][-2]
+
+
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.moeca.grouped_linear: _grouped_flops,
+}
+
+
+def count_costs(aten: AtenGraph, plan: CachePlan, options: Options) -> tuple[list[LayerCost], int]:
+    """Costs per layer (FLOPs per row) and what is left: FLOPs of everything outside the rows."""
+    inputs = {n: n.meta["val"] for n in aten.placeholders}
+    with aten.fake_mode, torch.no_grad(), _counter() as whole:
+        variant_outputs(aten.gm, plan, options, "plain", inputs, VariantInputs({}))
+    layers = [_layer_cost(aten, plan, layer) for layer in plan.layers]
+    fixed = whole.get_total_flops() - sum(layer.full_flops for layer in layers)
+    return layers, max(0, round(fixed))
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+
+def _layer_cost(aten: AtenGraph, plan: CachePlan, layer: LayerPlan) -> LayerCost:
+    roots = [c.root for a in layer.attention for c in a.key_value]
+    attention = _row_flops([*roots, *(a.root.root for a in layer.attention)], plan, layer)
+    shared = _row_flops([c.root for c in layer.shared], plan, layer)
+    branch = _branch_flops(aten, layer)
+    return LayerCost(layer.region.name, branch, attention, shared, layer.tokens, layer.branches)
+
+
+def _row_flops(roots: list[RowRoot], plan: CachePlan, layer: LayerPlan) -> float:
+    """FLOPs per token of computing the roots, what they share counted once."""
+    if not roots:
+        return 0.0
+    available = set(plan.needed) - {r.node for r in roots}
+    with _counter() as counter:
+        dry_pull(roots, available, layer.region.space, rows=layer.region.space.tokens)
+    return counter.get_total_flops() / layer.tokens
+
+
+def _branch_flops(aten: AtenGraph, layer: LayerPlan) -> float:
+    region, rows = layer.region, 7
+    body, _, _, params = region.routed.args
+    values = torch.fx.map_arg(params, lambda n: n.meta["val"])
+    with aten.fake_mode, torch.no_grad(), _counter() as counter:
+        inputs = [_some_rows(r.meta["val"], layer.tokens, rows) for r in region.rows]
+        groups = SortedRows(
+            torch.zeros(region.num_experts, dtype=torch.int64),
+            torch.zeros(rows, dtype=torch.int64),
+        )
+        graph = getattr(aten.gm, str(body.target))  # type: ignore[union-attr]
+        ExpertRows(graph, inputs, [per_expert(p) for p in values], groups).run()
+    return counter.get_total_flops() / rows
+
+
+def _some_rows(value: Tensor, tokens: int, rows: int) -> Tensor:
+    return value.new_empty(rows, value.numel() // tokens)

@@ -1,0 +1,70 @@
+"""The order of everything between Dynamo's graph and Inductor, in one place.
+
+    Dynamo graph -> retrace -> PASSES -> match_regions -> plan_cache -> variants (lowering)
+
+The runner verifies the graph after every pass, times it and dumps it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from .debug.dump import Dumper
+from .debug.region_table import region_table
+from .graph.region import NoMatch, Regions
+from .graph.retrace import AtenGraph, retrace
+from .options import Options
+from .passes.base import Pass, PassReport
+from .passes.cache_plan import CachePlan, plan_cache
+from .passes.match_regions import match_regions
+from .passes.normalize_experts import NormalizeExperts
+from .passes.verify import verify
+
+PASSES: tuple[Pass, ...] = (NormalizeExperts(),)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One graph after all passes: what was found in it and what it will keep between steps."""
+
+    aten: AtenGraph
+    regions: Regions
+    plan: CachePlan
+    reports: tuple[PassReport, ...]
+
+    @property
+    def missed(self) -> tuple[NoMatch, ...]:
+        return tuple(m for r in self.reports for m in r.missed) + self.regions.missed
+
+    @property
+    def normalized(self) -> int:
+        """Places where passes changed the graph."""
+        return sum(r.changed for r in self.reports)
+
+
+def analyse(gm: GraphModule, values: Sequence[Any], options: Options, dumper: Dumper) -> Analysis:
+    """Run every stage up to the cache plan. Raises Untraceable or PassError."""
+    dumper.graph("dynamo", gm)
+    started = time.perf_counter()
+    aten = retrace(gm, values)
+    dumper.graph("aten", aten.gm, _since(started))
+    reports = []
+    for each in PASSES:
+        started = time.perf_counter()
+        report = each.run(aten.gm)
+        verify(aten.gm, each.name)
+        reports.append(report)
+        dumper.graph(each.name, aten.gm, _since(started), f"{report.changed} changed")
+    regions = match_regions(aten.gm)
+    plan = plan_cache(regions, options)
+    dumper.text("match_regions", region_table(regions, plan))
+    return Analysis(aten, regions, plan, tuple(reports))
+
+
+def _since(started: float) -> float:
+    return (time.perf_counter() - started) * 1e3

@@ -1,0 +1,93 @@
+"""The private names of torch behave as `torch_compat` says; run this on every new release."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capture.harness import capturing, plain
+from moeca_compile.capture.activity import compiling_for_moeca, is_marked_backend
+from moeca_compile.torch_compat import compile_call, compiling_with, on_call_end, traced_frame
+
+
+def doubled_if_active(x: Tensor) -> Tensor:
+    return x * 2 if compiling_for_moeca() else x
+
+
+def test_probe_is_a_constant_of_the_compiling_backend() -> None:
+    x = torch.ones(3)
+    for make, factor in ((capturing, 2.0), (plain, 1.0), (capturing, 2.0)):
+        counter, backend = make()
+        run = torch.compile(doubled_if_active, backend=backend, fullgraph=True)
+        assert torch.equal(run(x), x * factor)
+        assert torch.equal(run(x), x * factor)
+    assert torch.equal(doubled_if_active(x), x)
+
+
+def test_compiling_with_is_false_outside_a_trace() -> None:
+    assert compiling_with(lambda _: True) is False
+
+
+def test_marked_backend_is_found_through_wrappers() -> None:
+    _, backend = capturing()
+
+    @functools.wraps(backend)
+    def wrapped(*args: Any) -> Any:
+        return backend(*args)
+
+    class Wrapper:
+        compiler_fn = functools.partial(wrapped, mode="x")
+
+    assert is_marked_backend(Wrapper())
+    assert not is_marked_backend(plain()[1])
+    assert not is_marked_backend(None)
+
+
+def test_call_and_frame_seen_from_inside() -> None:
+    seen: list[Any] = []
+    ended: list[str] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        seen.append(traced_frame())
+
+        def run(*args: Any) -> Any:
+            call = compile_call()
+            assert call is not None
+            seen.append((call.function, call.args))
+            assert on_call_end(call, lambda: ended.append("end"))
+            ended.append("run")
+            return gm.forward(*args)
+
+        return run
+
+    def function(x: Tensor) -> Tensor:
+        return x + 1
+
+    x = torch.ones(2)
+    torch.compile(function, backend=backend)(x)
+    frame, (called, args) = seen
+    assert frame.code is function.__code__ and frame.breaks is False
+    assert called is function and args[0] is x
+    assert ended == ["run", "end"]
+    assert traced_frame() is None and compile_call() is None
+
+
+def test_a_break_is_visible_to_the_backend() -> None:
+    frames: list[Any] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        frames.append(traced_frame())
+        return gm.forward
+
+    def function(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch.compile(function, backend=backend)(torch.ones(2))
+    assert [frame.breaks for frame in frames] == [True, False]
+    assert "test_torch_compat.py" in frames[0].reason
+    assert frames[1].code is not function.__code__

@@ -23,7 +23,6 @@ import torch
 from torch._C._dynamo.eval_frame import reset_code as _reset_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -133,6 +132,8 @@ def inductor(
     A tracing context of its own keeps the caller's (Dynamo's) guards and shapes untouched.
     Tested on torch 2.13.
     """
+    from torch._inductor.compile_fx import compile_fx  # takes seconds: only when needed
+
     with torch.no_grad(), tracing(TracingContext(fake_mode)):
         return compile_fx(gm, inputs, config_patches=config)  # type: ignore[return-value]
 
@@ -141,6 +142,8 @@ def inductor_fallback(
     gm: GraphModule, inputs: list[Any], config: dict[str, Any]
 ) -> Callable[..., Any]:
     """Plain Inductor on Dynamo's graph, inside the backend call. Tested on torch 2.13."""
+    from torch._inductor.compile_fx import compile_fx
+
     return compile_fx(gm, inputs, config_patches=config)  # type: ignore[return-value]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-12
+FIRST = 1e30  # above every score / threshold, and finite in float32 and bfloat16
 
 
 def expert_thresholds(
@@ -67,7 +68,7 @@ def paper_scores(
 
 
 def normalize_scores(scores: Tensor, matched: Tensor, samples: int) -> Tensor:
-    """Scores of a sample's layer relative to its largest matched one, so one tau fits all layers."""
+    """Scores relative to the largest matched one of the same sample: one tau fits all layers."""
     known = torch.where(matched, scores, 0.0).reshape(samples, -1)
     top = known.amax(1, keepdim=True)
     top = torch.where(top < EPS, 1.0, top)
@@ -82,8 +83,8 @@ def select_by_budget(
     Priority of a matched branch is score / tau_e, so the expert-aware thresholds still count.
     """
     relative = scores / limits.clamp(min=EPS)
-    # Squashed into [0, 1) in order, so that every unmatched branch (>= 1) comes first.
-    priority = torch.where(matched, relative / (1 + relative), 1 + share)
+    # Unmatched branches first. Scaled, not shifted: floating point then keeps both orders.
+    priority = torch.where(matched, relative.clamp(max=FIRST), FIRST * (1 + share))
     flat = priority.reshape(samples, -1)
     chosen = flat.topk(count, 1).indices
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter(1, chosen, True)

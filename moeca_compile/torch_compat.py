@@ -24,8 +24,9 @@ from torch._C._dynamo.eval_frame import reset_code as _reset_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree
 
 
 @torch.compiler.assume_constant_result
@@ -67,6 +68,30 @@ def compile_call() -> CompileCall | None:
     return CompileCall(values["fn"], values["args"], values["kwargs"], found)
 
 
+def outermost_module(call: CompileCall) -> tuple[torch.nn.Module, tuple[Any, ...], Any] | None:
+    """The outermost module being called within `call`, with args and kwargs. Tested on torch 2.13."""
+    found: FrameType | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call.frame:
+        if frame.f_code is torch.nn.Module._call_impl.__code__:
+            found = frame
+        frame = frame.f_back
+    if found is None:
+        return None
+    values = found.f_locals
+    return values["self"], values["args"], values["kwargs"]
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to all leaves of nested lists, tuples and dicts. Tested on torch 2.13."""
+    return _pytree.tree_map(function, tree)
+
+
+def leaves(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested lists, tuples and dicts, and a comparable structure. Tested on 2.13."""
+    return _pytree.tree_flatten(tree)
+
+
 def on_call_end(call: CompileCall, action: Callable[[], None]) -> bool:
     """Run `action` when `call` ends, outside of compiled code; False if torch has no such place.
 
@@ -90,11 +115,12 @@ def reset_code(code: CodeType) -> None:
 
 @dataclass(frozen=True)
 class TracedFrame:
-    """The Python frame whose graph a backend has been handed."""
+    """The Python frame whose graph a backend has been handed; `breaks` if the frame goes on."""
 
     code: CodeType
     breaks: bool
     reason: str
+    graph: Graph
 
 
 def traced_frame() -> TracedFrame | None:
@@ -103,13 +129,13 @@ def traced_frame() -> TracedFrame | None:
         transaction = InstructionTranslator.current_tx()
     except AttributeError:
         return None
+    code, graph = transaction.f_code, transaction.output.graph
     why = transaction.output.compile_subgraph_reason
     if why is None:
-        return TracedFrame(transaction.f_code, False, "")
-    place = (
-        f" at {why.user_stack[-1].filename}:{why.user_stack[-1].lineno}" if why.user_stack else ""
-    )
-    return TracedFrame(transaction.f_code, bool(why.graph_break), f"{why.reason}{place}")
+        return TracedFrame(code, False, "", graph)
+    last = why.user_stack[-1] if why.user_stack else None
+    reason = f"{why.reason} at {last.filename}:{last.lineno}" if last is not None else why.reason
+    return TracedFrame(code, bool(why.graph_break), reason, graph)
 
 
 def placeholder_source(node: Node) -> str:

@@ -35,9 +35,7 @@ def analyse(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """Run `root` once and decide on every bank that looks routed; nothing is changed."""
     observation = observe(root, args, kwargs)
     return tuple(
-        _analyse_site(site, observation)
-        for site in observation.sites
-        if site.routed or site.uneven or (site.bank.difference and site.integers)
+        _analyse_site(site, observation) for site in observation.sites if site.routed or site.uneven
     )
 
 

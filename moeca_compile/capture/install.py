@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ def install(
     started = time.perf_counter()
     uninstall(root)
     eagerly = functools.partial(analyse, root, args, kwargs)
-    disabled: Callable[[], tuple[Outcome, ...]] = torch.compiler.disable(eagerly)
+    disabled = cast(Callable[[], tuple[Outcome, ...]], torch.compiler.disable(eagerly))
     with torch.compiler.set_stance("force_eager"), undisturbed(root):
         outcomes = disabled()
     try:
@@ -80,7 +80,12 @@ def uninstall(root: nn.Module) -> None:
 
 def is_installed(root: nn.Module) -> bool:
     """Whether any method of `root` or its submodules is replaced at present."""
-    return any(
+    return count_installed(root) > 0
+
+
+def count_installed(root: nn.Module) -> int:
+    """How many methods of `root` and its submodules are replaced at present."""
+    return sum(
         hasattr(getattr(value, "__func__", None), _RECORD)
         for module in root.modules()
         for value in vars(module).values()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,12 +51,13 @@ class ExpertCall:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was recorded around one result: locals before it, the expert calls, the owner."""
+    """What was recorded while the owner ran: its experts' calls. computed: see `_branches`."""
 
     owner: nn.Module
     bank_path: tuple[str, ...]
     experts: int
     calls: tuple[ExpertCall, ...]
+    computed: dict[Any, tuple[Tensor | None, list[Any]]] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[int, int]:
@@ -94,11 +95,24 @@ def propose(
         tokens = values[plan.ids].numel() // plan.slots
         if target.numel() not in (tokens * width, tokens * plan.slots * width):
             continue
-        try:
-            branches = run_branches(plan, evidence.owner, values)
-        except Exception:  # user code on a wrong guess may fail in any way: not this plan
+        branches = _branches(evidence, plan, values)
+        if branches is None:
             continue
         yield from _finishes(plan, branches, values, target, target_name)
+
+
+def _branches(evidence: Evidence, plan: DispatchPlan, values: Mapping[str, Any]) -> Tensor | None:
+    """`run_branches`, once per plan and values: it runs every expert on every row."""
+    arguments = (*plan.positional, *(argument for _, argument in plan.keyword))
+    names = (plan.ids, *(argument.name for argument in arguments))
+    key = (plan, tuple(id(values.get(name)) for name in names))
+    if key not in evidence.computed:
+        used = [values.get(name) for name in names]  # keeps the ids in the key taken
+        try:
+            evidence.computed[key] = (run_branches(plan, evidence.owner, values), used)
+        except Exception:  # user code on a wrong guess may fail in any way: not this plan
+            evidence.computed[key] = (None, used)
+    return evidence.computed[key][0]
 
 
 def _dispatches(evidence: Evidence, values: Mapping[str, Any]) -> Iterator[DispatchPlan]:
@@ -265,5 +279,4 @@ def _combinations(plan: DispatchPlan, values: Mapping[str, Any]) -> Iterator[Dis
             yield replace(plan, combine="weighted", weights=name)
         if value.numel() == tokens * plan.experts and value.shape[-1] == plan.experts:
             yield replace(plan, combine="weighted", weights=name, dense_weights=True)
-    if plan.slots > 1:
-        yield replace(plan, combine="sum")
+    yield replace(plan, combine="sum")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..torch_compat import leaves, map_leaves
 from .banks import experts_of
 
 TOLERANCE = 1e-5
@@ -73,7 +73,7 @@ def exact_arguments(tree: Any) -> Any:
         low = leaf.is_floating_point() and leaf.dtype not in _EXACT
         return leaf.float() if low else leaf.clone()
 
-    return pytree.tree_map(convert, tree)
+    return map_leaves(convert, tree)
 
 
 def probe_arguments(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -96,7 +96,7 @@ def probe_arguments(tree: Any) -> Iterator[tuple[str, Any]]:
         ("constant-row", constant),
         ("zero", torch.zeros_like),
     ):
-        yield name, pytree.tree_map(lambda leaf, f=change: _changed(leaf, f), tree)
+        yield name, map_leaves(lambda leaf, f=change: _changed(leaf, f), tree)
 
 
 def _changed(leaf: Any, change: Any) -> Any:
@@ -107,8 +107,8 @@ def _changed(leaf: Any, change: Any) -> Any:
 
 def close(found: Any, expected: Any) -> bool:
     """Whether nested results agree: tensors to TOLERANCE of their scale, the rest by type."""
-    found_leaves, found_spec = pytree.tree_flatten(found)
-    expected_leaves, expected_spec = pytree.tree_flatten(expected)
+    found_leaves, found_spec = leaves(found)
+    expected_leaves, expected_spec = leaves(expected)
     if found_spec != expected_spec:
         return False
     return all(_close_leaf(a, b) for a, b in zip(found_leaves, expected_leaves))

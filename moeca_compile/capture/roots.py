@@ -5,16 +5,15 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CodeType, FrameType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-from ..torch_compat import CompileCall, compile_call
+from ..torch_compat import CompileCall, compile_call, outermost_module
 from .activity import compiling_for_moeca
 from .report import CaptureReport
 
@@ -37,7 +36,7 @@ class Phase(enum.Enum):
     NEW = "not analysed"
     INSTALLED = "installed, the call that triggered it still runs"
     WAITING = "installed, next trace decides"
-    CAPTURED = "captured as one graph"
+    CAPTURED = "all dispatches captured in one graph"
     REFUSED = "left in fragments"
 
 
@@ -110,16 +109,8 @@ def find_root() -> RootCall | None:
     owner = next((f.__self__ for f in _chain(call.function) if isinstance(f, MethodType)), None)
     if isinstance(owner, nn.Module):
         return RootCall(owner, call.args, call.kwargs, call)
-    found: FrameType | None = None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not call.frame:
-        if frame.f_code.co_filename == _MODULE_FILE and frame.f_code.co_name == "_call_impl":
-            found = frame
-        frame = frame.f_back
-    if found is None:
-        return None
-    values = found.f_locals
-    return RootCall(values["self"], values["args"], values["kwargs"], call)
+    found = outermost_module(call)
+    return RootCall(*found, call) if found is not None else None
 
 
 def entry_codes(call: RootCall) -> frozenset[CodeType]:

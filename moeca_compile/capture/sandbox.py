@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from ..torch_compat import map_leaves
 
 
 @contextlib.contextmanager
@@ -63,7 +64,7 @@ def _same_items(one: Any, two: Any) -> bool:
 
 def copy_arguments(tree: Any) -> Any:
     """A copy of nested arguments: tensors cloned, containers rebuilt, other objects shared."""
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     call 1    fragments; the first one to run: find the root, install, note to lift Dynamo's marks
     end of 1  marks lifted: Dynamo will trace the root's forward again
-    call 2    one graph -> captured; still broken at its end -> everything undone, reason kept
+    call 2    all dispatches in one graph -> captured; still broken at its end -> everything undone
     call 3..  nothing compiles
 
 Marks are never lifted while anything is being compiled: that kills the process.
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..torch_compat import on_call_end, reset_code, traced_frame
+from ..torch_compat import TracedFrame, compiled_root, on_call_end, reset_code, traced_frame
 from .activity import compiling_for_moeca
 from .banks import find_banks
-from .install import install, is_installed, uninstall
+from .install import count_installed, install, uninstall
 from .report import CaptureReport
 from .roots import Phase, RootCall, RootRegistry, RootState, entry_codes, find_root
 
@@ -32,7 +32,7 @@ def prepare(model: nn.Module, *args: Any, **kwargs: Any) -> CaptureReport:
 
     Runs `model(*args, **kwargs)` once, eagerly. Returns what was replaced and what was refused.
     """
-    root = getattr(model, "_orig_mod", model)
+    root = compiled_root(model) or model
     return install(root, args, kwargs, is_active=compiling_for_moeca)
 
 
@@ -45,23 +45,33 @@ def wrap_fragment(compiled: Callable[..., Any], registry: RootRegistry) -> Calla
     call = registry.current_call()
     if call is None:
         return compiled
-    state, frame = registry.state(call.root), traced_frame()
+    root, state, frame = call.root, registry.state(call.root), traced_frame()
     if state.phase in (Phase.CAPTURED, Phase.REFUSED):
         return compiled
-    if state.phase is Phase.NEW and is_installed(call.root):
+    if state.phase is Phase.NEW and count_installed(root):
         state.phase = Phase.WAITING
-    whole = frame is not None and not frame.breaks and frame.code in entry_codes(call)
+    entered = frame is not None and frame.code in entry_codes(call)
+    breaks = frame.reason if frame is not None and frame.breaks else ""
+    whole = entered and not breaks
     if state.phase is Phase.WAITING:
         state.graphs_after += 1
-        if whole and _acts_now(call, state):
+        if _acts_now(call, state) and (whole or (entered and _holds_all_dispatches(frame, root))):
             state.phase = Phase.CAPTURED
+            state.reason = f"the rest of the model is split: {breaks}" if breaks else ""
+            return compiled
     else:
         state.graphs_before += 1
-    if whole or not find_banks(call.root):
+    if whole or not find_banks(root):
         return compiled
-    if state.phase is not Phase.NEW and frame is not None and frame.breaks:
-        state.reason = frame.reason  # broke although the dispatches were replaced
-    return FragmentTrigger(registry, call.root).wrap(compiled)
+    if state.phase is not Phase.NEW and breaks:
+        state.reason = breaks  # broke although the dispatches were replaced
+    return FragmentTrigger(registry, root).wrap(compiled)
+
+
+def _holds_all_dispatches(frame: TracedFrame | None, root: nn.Module) -> bool:
+    """Whether one graph has every captured dispatch, so that a break elsewhere does no harm."""
+    nodes = frame.graph.nodes if frame is not None else ()
+    return sum("moeca.select_experts" in str(n.target) for n in nodes) >= count_installed(root) > 0
 
 
 class FragmentTrigger:

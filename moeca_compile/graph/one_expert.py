@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .layout import Factor, Layout, RowSpace, Selection, align, free, selected_shape, tags
+from .layout import Factor, Layout, align, free, free_layout, selected_shape, tags
 from .pull import RowPuller
+from .routing_ids import FLAT_VIEWS, Branches, IdsProbe, row_index
 from .row_rules import Stop, rule_for, shape_of
-from .routing_ids import FLAT_VIEWS, Branches, IdsProbe, row_index, same_values
+from .rule_base import argument
 
 aten = torch.ops.aten
 PRODUCTS = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default, aten.einsum.default}
+TOKEN = frozenset("b")
 WIDENING = {aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int}
 
 
@@ -64,8 +66,10 @@ class Leaves:
 
 
 def fake_hole(node: Node, shape: list[int]) -> Tensor:
+    """A fake body input for a leaf, in the graph's fake mode."""
     value = node.meta["val"]
-    return torch.empty(shape, dtype=value.dtype, device=value.device)
+    with value.fake_mode:
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 class OneExpert(RowPuller):
@@ -85,15 +89,19 @@ class OneExpert(RowPuller):
     ):
         self.branches, self.probe, self.leaves = branches, probe, leaves
         self.parametric, self.inside = parametric, inside
-        nothing = torch.empty(0, dtype=torch.int64, device=branches.ids.meta["val"].device)
-        selection = Selection(branches.space, nothing, branches.tokens, per_sample=False)
-        super().__init__(selection, self._shared, self._is_special)
+        super().__init__(branches.selection(branches.tokens), self._shared, self._is_special)
 
     def root(self, node: Node, layout: Layout) -> Tensor:
         """The branch output as rows [R, D]."""
         if front_dims(layout) is None:
             raise NotOneExpert("the branches are not in the first dims", node)
-        return self.pull(node, layout).reshape(self.branches.tokens, -1)
+        rows = self.pull(node, layout)
+        return self.shaped(node, rows, [self.branches.tokens, rows.numel() // self.branches.tokens])
+
+    def shaped(self, node: Node, value: Tensor, shape: list[int]) -> Tensor:
+        if list(value.shape) == shape:
+            return value
+        return self.traced(node, lambda: value.reshape(shape))
 
     def pull(self, node: Node, layout: Layout) -> Any:
         if tags(layout) and tags(layout) != self.branches.tags:
@@ -106,13 +114,15 @@ class OneExpert(RowPuller):
             return self.full(node)
         if present == self.branches.tags:
             return self.pull(node, own)
-        if present == self.branches.token_tags:
+        if present == TOKEN:
             return self.token_rows(node, own, result)
         raise NotOneExpert("differs from slot to slot, whatever the expert", node)
 
     def gather(self, node: Node, layout: Layout) -> Any:
         if node in self.stops:
-            where = "" if node in self.inside else "neither an expert's parameter nor a token's row: "
+            where = (
+                "" if node in self.inside else "neither an expert's parameter nor a token's row: "
+            )
             raise NotOneExpert(where + self.stops[node], node)
         if node in self.parametric:
             return self.param(node, layout)
@@ -149,7 +159,7 @@ class OneExpert(RowPuller):
             shape += selected_shape((wanted if tags(wanted) else mine,), self.selection)
         if front_dims(result) is None:
             raise NotOneExpert("token rows meet branches that are not in the first dims", node)
-        return rows.reshape(shape)
+        return self.shaped(node, rows, shape)
 
     def token_matrix(self, node: Node, own: Layout) -> Tensor:
         """Rows [R, D] of a value with tokens in front: the region's row input."""
@@ -159,44 +169,39 @@ class OneExpert(RowPuller):
             raise NotOneExpert("token rows are not in the first dim", node)
         tokens = self.branches.tokens
         width = node.meta["val"].numel() // tokens
-        source = above = node
+        source, above = node, node
         while shape_of(source) != [tokens, width] and above.target in FLAT_VIEWS:
-            above = above.args[0]  # type: ignore[assignment]
+            (above,) = above.all_input_nodes[:1]
             source = above if shape_of(above) == [tokens, width] else source
         return self.leaves.value("rows", source, [tokens, width])
 
     def matrix(self, node: Node, own: Layout) -> Tensor:
         """The rows' side of a product: [R, C], C the only dim besides the branches."""
-        if tags(own) == self.branches.token_tags and not self._in_branch_form(node):
+        if tags(own) == TOKEN != self.branches.tags:
             return self.token_matrix(node, own)
         if tags(own) != self.branches.tags or front_dims(own) is None:
             raise NotOneExpert("a product's rows are not the branches", node)
-        return self.pull(node, own).reshape(self.branches.tokens, -1)
-
-    def _in_branch_form(self, node: Node) -> bool:
-        return self.branches.top_k == 1 and self._is_special(node)
+        rows = self.pull(node, own)
+        return self.shaped(node, rows, [self.branches.tokens, rows.numel() // self.branches.tokens])
 
     def widened(self, node: Node, layout: Layout) -> tuple[Node, Layout] | None:
         """(token value, its layout) if the node repeats each token's row for its K branches."""
         if node in self.inside:
             return None
-        token = self.branches.token_dim()
         if (found := row_index(node)) is not None:
             source, index = found
             rank = len(shape_of(index))
             if tags(layout[rank:]) or shape_of(source)[0] != self.branches.tokens:
                 return None
-            if not self.probe.holds([index], lambda _, i: same_values(i, self._tokens_of_branches())):
+            if self.probe.role(index) == "token":
+                return source, (self.branches.token_dim(), *layout[rank:])
+            if self.branches.top_k > 1:
                 raise NotOneExpert("row t * K + k is not the row of token t", node)
-            return source, (*token, *layout[rank:])
         if node.target not in WIDENING or self.branches.top_k == 1:
             return None
-        source: Node = node.args[0]  # type: ignore[assignment,no-redef]
-        own = _narrowed(node, layout, shape_of(source))
-        return (source, own) if own and tags(own) == self.branches.token_tags else None
-
-    def _tokens_of_branches(self) -> Tensor:
-        return torch.arange(self.branches.count) // self.branches.top_k
+        narrow: Any = node.args[0]
+        own = _narrowed(node, layout, shape_of(narrow))
+        return (narrow, own) if own and tags(own) == TOKEN else None
 
     def product(self, node: Node, layout: Layout) -> Any:
         """bmm, matmul, baddbmm, einsum of rows and one expert's matrix -> linear or matmul."""
@@ -220,12 +225,12 @@ class OneExpert(RowPuller):
         )
         if front_dims(layout) is None:
             raise NotOneExpert("a product whose branches are not in the first dims", node)
-        out = out.reshape(selected_shape(layout, self.selection))
+        out = self.shaped(node, out, selected_shape(layout, self.selection))
         if node.target is not aten.baddbmm.default:
             return out
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
             raise NotOneExpert("baddbmm with factors", node)
-        added: Node = node.args[0]  # type: ignore[assignment]
+        added: Any = node.args[0]
         return out + self.operand(added, align(shape_of(added), layout), layout)
 
     def _shared(self, node: Node) -> Any:
@@ -246,11 +251,7 @@ class StackedParameter(RowPuller):
 
     def __init__(self, branches: Branches, banks: dict[Node, Tensor], experts: int):
         self._banks = banks
-        nothing = torch.empty(0, dtype=torch.int64)
-        space = RowSpace(branches.space.samples, branches.space.tokens)
-        super().__init__(
-            Selection(space, nothing, experts, per_sample=False), self._refuse, banks.__contains__
-        )
+        super().__init__(branches.selection(experts), self._refuse, banks.__contains__)
 
     def gather(self, node: Node, layout: Layout) -> Any:
         if node not in self._banks:
@@ -273,41 +274,36 @@ def _narrowed(node: Node, layout: Layout, shape: list[int]) -> Layout | None:
     """The layout of what expand, repeat or repeat_interleave widened over the slots."""
     if node.target is aten.expand.default:
         return align(shape, layout)
-    if node.target is aten.repeat_interleave.self_int:
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        times = {dim % len(shape): node.args[1]} if isinstance(dim, int) else {}
-        at = -1
-    else:
-        repeats = node.args[1]
-        if len(repeats) != len(shape):  # type: ignore[arg-type]
-            return None
-        times = {d: r for d, r in enumerate(repeats) if r != 1}  # type: ignore[arg-type]
-        at = 0
-    own = list(layout)
-    for dim, count in times.items():
-        if not own[dim] or own[dim][at] != Factor(count, "n"):  # type: ignore[arg-type]
-            return None
-        own[dim] = own[dim][:-1] if at else own[dim][1:]
-    return tuple(own) if len(times) == 1 else None
+    args: Any = node.args
+    times: dict[int, int] = {}
+    if node.target is aten.repeat.default and len(args[1]) == len(shape):
+        times = {d: r for d, r in enumerate(args[1]) if r != 1}
+    elif node.target is aten.repeat_interleave.self_int:
+        dim = argument(node, 2, "dim")
+        times = {} if dim is None else {dim % len(shape): args[1]}
+    if len(times) != 1:
+        return None
+    ((dim, count),) = times.items()
+    # Each element repeated: the slot is the dim's last factor; the dim repeated: its first.
+    at = 0 if node.target is aten.repeat.default else -1
+    slot = Factor(count, "n")
+    if not layout[dim] or layout[dim][at] != slot:
+        return None
+    return (*layout[:dim], tuple(f for f in layout[dim] if f != slot), *layout[dim + 1 :])
 
 
 Side = tuple[Node, Layout, int]  # operand, its layout, which of its matrix dims is contracted
 
 
 def _product_sides(node: Node, layout: Layout) -> list[Side]:
-    a, b = node.args[-2:] if node.target is aten.bmm.default else _matrix_args(node)
+    args: Any = node.args
+    a, b = args[1:3] if node.target is aten.baddbmm.default else args[:2]
     a_shape, b_shape = shape_of(a), shape_of(b)
     if min(len(a_shape), len(b_shape)) < 2 or tags(layout[-2:]):
         raise NotOneExpert("a product over its branches", node)
-    rows, columns = free(a_shape[-2]), free(b_shape[-1])
-    a_own = (*align(a_shape[:-2], layout[:-2]), rows, free(a_shape[-1]))
-    b_own = (*align(b_shape[:-2], layout[:-2]), free(b_shape[-2]), columns)
+    a_own = (*align(a_shape[:-2], layout[:-2]), *free_layout(a_shape[-2:]))
+    b_own = (*align(b_shape[:-2], layout[:-2]), *free_layout(b_shape[-2:]))
     return [(a, a_own, 1), (b, b_own, 0)]
-
-
-def _matrix_args(node: Node) -> tuple[Any, Any]:
-    first = 1 if node.target is aten.baddbmm.default else 0
-    return node.args[first], node.args[first + 1]
 
 
 def _einsum_sides(node: Node, layout: Layout) -> list[Side]:
@@ -316,8 +312,9 @@ def _einsum_sides(node: Node, layout: Layout) -> list[Side]:
         raise NotOneExpert("einsum with an ellipsis or without an explicit output", node)
     left, out = equation.split("->")
     dims = dict(zip(out, layout, strict=True))
+    operands: Any = node.args[1]
     sides: list[Side] = []
-    for letters, x in zip(left.split(","), node.args[1], strict=True):  # type: ignore[arg-type]
+    for letters, x in zip(left.split(","), operands, strict=True):
         own = tuple(dims.get(c, free(s)) for c, s in zip(letters, shape_of(x), strict=True))
         inner = [c for c, dim in zip(letters, own, strict=True) if not tags(dim)]
         contracted = [i for i, c in enumerate(inner) if c not in dims]

@@ -18,21 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
-from .layout import Factor, Layout, RowSpace, free_layout
-from .row_rules import RESHAPES, pointwise, rule_for, shape_of
+from .dataflow import ancestors
+from .layout import Dim, Factor, Layout, RowSpace, Selection, free_layout
+from .row_rules import pointwise, rule_for, shape_of
+from .view_rules import RESHAPES, SQUEEZES
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
 # Changes of shape that keep the elements in row-major order.
-FLAT_VIEWS = RESHAPES | {
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.alias.default,
-    aten.detach.default,
-}
+FLAT_VIEWS = (
+    RESHAPES
+    | SQUEEZES
+    | {
+        aten.unsqueeze.default,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
+
+
+class OneSlot(Selection):
+    """Rows of branches: a dim of tokens has `count` rows, a dim of slots one."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"b": self.count, "n": 1}
 
 
 @dataclass(frozen=True)
@@ -48,33 +60,28 @@ class Branches:
         return self.tokens * self.top_k
 
     @property
-    def space(self) -> RowSpace:
-        """Tokens are the space's samples, slots its tokens; with one slot only tokens are left."""
-        if self.top_k == 1:
-            return RowSpace(1, self.tokens)
-        return RowSpace(self.tokens, self.top_k)
-
-    @property
     def tags(self) -> frozenset[str]:
-        return frozenset("n" if self.top_k == 1 else "bn")
+        """Row tags of a branch value: "b" for its token and, if there are several, "n" its slot."""
+        return frozenset("b" if self.top_k == 1 else "bn")
 
-    @property
-    def token_tags(self) -> frozenset[str]:
-        return frozenset("n" if self.top_k == 1 else "b")
+    def token_dim(self) -> Dim:
+        return (Factor(self.tokens, "b"),)
 
-    def token_dim(self) -> Layout:
-        return ((Factor(self.tokens, *self.token_tags),),)
+    def selection(self, rows: int) -> Selection:
+        """`rows` values instead of T * K, as tokens with one slot."""
+        device = self.ids.meta["val"].device
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        return OneSlot(RowSpace(self.tokens, self.top_k), nothing, rows, per_sample=False)
 
     def layout(self, shape: Sequence[int]) -> Layout | None:
         """Branches in front of `shape`: [T, K, ...] or [T * K, ...]; None if they are not."""
+        front: Layout | None = None
         if self.top_k == 1:
-            front = self.token_dim() if shape and shape[0] == self.tokens else None
+            front = (self.token_dim(),) if shape and shape[0] == self.tokens else None
         elif len(shape) > 1 and (shape[0], shape[1]) == (self.tokens, self.top_k):
-            front = ((Factor(self.tokens, "b"),), (Factor(self.top_k, "n"),))
+            front = (self.token_dim(), (Factor(self.top_k, "n"),))
         elif shape and shape[0] == self.count:
-            front = ((Factor(self.tokens, "b"), Factor(self.top_k, "n")),)
-        else:
-            front = None
+            front = ((*self.token_dim(), Factor(self.top_k, "n")),)
         return None if front is None else (*front, *free_layout(shape[len(front) :]))
 
 
@@ -82,12 +89,12 @@ def branches_of(index: Node) -> Branches | str:
     """The branches that an index lists in order, or why it is no list of routing ids."""
     if not is_integer(index):
         return f"indexed by {index.meta['val'].dtype}, not by integer routing ids"
-    ids = index
+    ids: Any = index
     while ids.target in FLAT_VIEWS | CASTS and is_integer(ids.args[0]):
-        ids = ids.args[0]  # type: ignore[assignment]
-    if _is_constant(ids):
+        ids = ids.args[0]
+    if not any(n.op in ("placeholder", "get_attr") for n in ancestors([ids])):
         return "indexed by a constant, not by routing ids"
-    shaped = ids
+    shaped: Node = ids
     while len(shape_of(shaped)) < 2 and (above := _same_elements(shaped)):
         shaped = above
     shape = shape_of(shaped)
@@ -107,53 +114,93 @@ def _same_elements(node: Node) -> Node | None:
 
 
 def is_integer(node: Any) -> bool:
+    """Whether a node is a tensor of a dtype that indexes."""
     value = node.meta.get("val") if isinstance(node, Node) else None
-    if not isinstance(value, Tensor) or value.dtype == torch.bool:
-        return False
-    return not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
 
 
 def row_index(node: Node) -> tuple[Node, Node] | None:
     """(source, index) if the node takes whole rows of the source's first dim by a tensor index."""
+    args: Any = node.args
     if node.target is aten.index.Tensor:
-        source, indices = node.args
-        if len(indices) == 1 and isinstance(indices[0], Node):  # type: ignore[arg-type]
-            return source, indices[0]  # type: ignore[index,return-value]
-        return None
-    if node.target is aten.index_select.default and node.args[1] == 0:
-        return node.args[0], node.args[2]  # type: ignore[return-value]
-    if node.target is aten.embedding.default and len(node.args) == 2:
-        return node.args[0], node.args[1]  # type: ignore[return-value]
+        return (args[0], args[1][0]) if len(args[1]) == 1 else None
+    if node.target is aten.index_select.default and args[1] == 0:
+        return args[0], args[2]
+    if node.target is aten.embedding.default and len(args) == 2:
+        return args[0], args[1]
     if node.target is aten.gather.default and len(shape_of(node)) == 1:
-        return node.args[0], node.args[2]  # type: ignore[return-value]
+        return args[0], args[2]
     return None
 
 
-def _is_constant(node: Node) -> bool:
-    if node.op != "call_function":
-        return False
-    return all(_is_constant(n) for n in node.all_input_nodes)
-
-
 class IdsProbe:
-    """Values of index nodes for probe ids. experts: E, the ids are in [0, E)."""
+    """What index nodes mean, as functions of the ids in [0, experts).
 
-    def __init__(self, branches: Branches, experts: int):
-        self._ids = branches.ids
+    permutation: the node that sorts the branches by expert, where there is one.
+    """
+
+    def __init__(self, branches: Branches, experts: int, permutation: Node | None = None):
+        self._branches, self._experts, self._permutation = branches, experts, permutation
         value = branches.ids.meta["val"]
         flat = _probe_ids(branches.count, experts)
         self._memos = [{branches.ids: f.to(value.dtype).reshape(value.shape)} for f in flat]
+        self._roles: dict[Node, str | None] = {}
+        # What follows from the ids alone; found forwards, the graph may be deep.
+        self._known = {branches.ids}
+        for node in branches.ids.graph.nodes:
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            known = all(n in self._known for n in node.all_input_nodes)
+            if node.op == "call_function" and known and not random:
+                self._known.add(node)
 
-    def holds(self, nodes: Sequence[Node], claim: Callable[..., Tensor | bool]) -> bool:
-        """Whether `claim(ids [T * K], *values of nodes)` is true for every probe.
+    def role(self, node: Node) -> str | None:
+        """What the elements of an index node are, branches numbered t * K + k.
 
-        False as well if a node depends on anything but the ids.
+        "token" of each branch, in branch order; and, with the branches sorted by expert: "branch",
+        "sorted_ids", "sorted_token"; "position" of each branch among the sorted ones; "ends" [E],
+        where each expert's branches end among them. Found once: later calls may be under tracing.
         """
+        if node not in self._roles:
+            top_k, count = self._branches.top_k, self._branches.count
+            tests: dict[str, Callable[..., Tensor]] = {
+                "token": lambda ids, order: torch.arange(count) // top_k
+            }
+            if self._permutation is not None:
+                tests |= {
+                    "branch": lambda ids, order: order,
+                    "position": lambda ids, order: torch.argsort(order),
+                    "sorted_token": lambda ids, order: order // top_k,
+                    "sorted_ids": lambda ids, order: ids[order],
+                    "ends": lambda ids, order: torch.bincount(ids, minlength=self._experts).cumsum(
+                        0
+                    ),
+                }
+            self._roles[node] = next((r for r, t in tests.items() if self._is(node, t)), None)
+        return self._roles[node]
+
+    def sorts(self) -> bool:
+        """Whether the permutation really lists the branches by ascending expert."""
+
+        def claim(ids: Tensor, order: Tensor) -> bool:
+            whole = same_values(order.sort()[0], torch.arange(ids.numel()))
+            return whole and bool((ids[order].diff() >= 0).all())
+
+        return self._permutation is not None and self._holds([self._permutation], claim)
+
+    def _is(self, node: Node, expected: Callable[..., Tensor]) -> bool:
+        order = self._permutation
+        if order is None:
+            return self._holds([node], lambda ids, v: same_values(v, expected(ids, None)))
+        return self._holds([node, order], lambda ids, v, o: same_values(v, expected(ids, o)))
+
+    def _holds(self, nodes: Sequence[Node], claim: Callable[..., bool]) -> bool:
+        if any(n not in self._known for n in nodes):
+            return False
         for memo in self._memos:
             values = [_evaluate(n, memo) for n in nodes]
             if any(v is None for v in values):
                 return False
-            if not bool(claim(memo[self._ids].reshape(-1).long(), *values)):
+            if not claim(memo[self._branches.ids].reshape(-1).long(), *values):
                 return False
         return True
 
@@ -168,33 +215,23 @@ def _probe_ids(count: int, experts: int) -> list[Tensor]:
 
 
 def _evaluate(node: Node, memo: dict[Node, Any]) -> Any:
-    """The node's concrete value on the CPU; None unless it follows from the ids alone."""
+    """The node's concrete value on the CPU; None where an op rejects the probe's values."""
     if node not in memo:
-        memo[node] = _run(node, memo)
+        inputs = {n: _evaluate(n, memo) for n in node.all_input_nodes}
+        if any(v is None for v in inputs.values()):
+            memo[node] = None
+            return None
+        args = torch.fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
+        args, kwargs = pytree.tree_map(_on_cpu, args)
+        try:
+            memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        except RuntimeError:
+            memo[node] = None
     return memo[node]
 
 
-def _run(node: Node, memo: dict[Node, Any]) -> Any:
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(
-        node.target, "tags", ()
-    ):
-        return None
-    inputs = {n: _evaluate(n, memo) for n in node.all_input_nodes}
-    if any(v is None for v in inputs.values()):
-        return None
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:  # a write must not reach the memo
-        inputs = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
-
-    def concrete(value: Any) -> Any:
-        return torch.device("cpu") if isinstance(value, torch.device) else value
-
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
-    args, kwargs = torch.utils._pytree.tree_map(concrete, (args, kwargs))
-    try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    except RuntimeError:  # an op that rejects these values: no claim can be made
-        return None
+def _on_cpu(value: Any) -> Any:
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def same_values(left: Tensor, right: Tensor) -> bool:

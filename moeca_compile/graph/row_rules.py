@@ -11,6 +11,7 @@ Views, products and indexing have a file each; here is everything else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,8 +86,23 @@ def over_free_dims(dims_of: Callable[[Node], list[int]], *, keep: bool) -> Rule:
     return rule
 
 
-def _normalized_dims(node: Node) -> list[int]:
-    return [-1 - i for i in range(len(node.args[1]))]  # type: ignore[arg-type]
+def normalized(puller: RowPuller, node: Node, layout: Layout) -> Any:
+    """layer_norm and rms_norm; weight and bias may differ from row to row (experts)."""
+    names = ("weight", "bias") if node.target is aten.layer_norm.default else ("weight",)
+    sizes: Any = node.args[1]
+    require_free(layout, range(-len(sizes), 0), str(node.target))
+    rows = puller.pull(node.args[0], layout)
+    affine = [argument(node, 2 + i, name) for i, name in enumerate(names)]
+    eps = argument(node, 2 + len(names), "eps", 1e-5 if len(names) == 2 else None)
+    whole = [puller.full(p) for p in affine]
+    if all(p is None or isinstance(p, Tensor) for p in whole):
+        return puller.call(node, (rows, sizes, *whole, eps), {})
+    value = puller.call(node, (rows, sizes, *[None] * len(names), eps), {})
+    for parameter, combine in zip(affine, (torch.mul, torch.add), strict=False):
+        if parameter is not None:
+            by_row = puller.operand(parameter, align(shape_of(parameter), layout), layout)
+            value = puller.traced(node, partial(combine, value, by_row))
+    return value
 
 
 def _channel_dims(node: Node) -> list[int]:
@@ -122,6 +138,35 @@ POINTWISE = {
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
+    aten.hardswish.default,
+    aten.log_sigmoid.default,
+    aten.isclose.default,
+    aten._conj.default,
+    aten.conj.default,
+    aten.resolve_conj.default,
+    # second names of tagged ops
+    aten.__and__.Tensor,
+    aten.__and__.Scalar,
+    aten.__or__.Tensor,
+    aten.__or__.Scalar,
+    aten.__xor__.Tensor,
+    aten.__xor__.Scalar,
+    aten.absolute.default,
+    aten.negative.default,
+    aten.special_expit.default,
+    aten.subtract.Tensor,
+    aten.subtract.Scalar,
+    aten.multiply.Tensor,
+    aten.multiply.Scalar,
+    aten.divide.Tensor,
+    aten.divide.Scalar,
+    aten.true_divide.Scalar,
+    aten.greater.Tensor,
+    aten.greater.Scalar,
+    aten.less.Tensor,
+    aten.less.Scalar,
+    aten.not_equal.Tensor,
+    aten.not_equal.Scalar,
 }
 SECOND = dims_argument(1)
 THIRD = dims_argument(2)
@@ -132,8 +177,8 @@ RULES: dict[Any, Rule] = {
     aten.type_as.default: cast_like,
     aten.to.other: cast_like,
     aten.dropout.default: dropout,
-    aten.layer_norm.default: over_free_dims(_normalized_dims, keep=True),
-    aten.rms_norm.default: over_free_dims(_normalized_dims, keep=True),
+    aten.layer_norm.default: normalized,
+    aten.rms_norm.default: normalized,
     aten.group_norm.default: over_free_dims(_channel_dims, keep=True),
     aten.softmax.int: over_free_dims(SECOND, keep=True),
     aten._softmax.default: over_free_dims(SECOND, keep=True),
@@ -177,7 +222,8 @@ def rule_for(target: Any) -> Rule | None:
         return pointwise
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return None  # a write in place: made functional before, or left alone
-    return pointwise if torch.Tag.pointwise in target.tags else None
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return pointwise if torch.Tag.pointwise in target.tags and not random else None
 
 
 __all__ = ["RULES", "VIEWS", "Rule", "Stop", "pointwise", "rule_for", "shape_of", "view_back"]

@@ -33,7 +33,9 @@ def expert_thresholds(
     entropy = -(p * p.clamp(min=EPS).log()).sum(1)
     low, high = entropy.amin(), entropy.amax()
     spread = high - low
-    relative = torch.where(spread < EPS, 0.5, (entropy - low) / spread.clamp(min=EPS))
+    # Equal entropies differ by rounding; stretched to [0, 1] that would decide the thresholds.
+    noise = max(EPS, 32 * torch.finfo(entropy.dtype).eps) * high.clamp(min=1.0)
+    relative = torch.where(spread <= noise, 0.5, (entropy - low) / spread.clamp(min=EPS))
     return updated, tau * (1 + alpha * (2 * relative - 1))
 
 

@@ -153,6 +153,30 @@ def test_a_model_that_still_breaks_is_put_back() -> None:
     assert added[4] == 0
 
 
+class BrokenTail(Denoiser):
+    """Reads a number on the host after its last layer."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y = super().forward(x, t)
+        return y * (1.0 + float(t[0]))
+
+
+@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+def test_a_break_outside_of_all_dispatches_is_tolerated(name: str) -> None:
+    model = make(getattr(models, name))
+    model.__class__ = BrokenTail
+    expected = reference(model, STEPS)
+    counter, backend = capturing()
+    outputs, added = run_steps(torch.compile(model, backend=backend), counter, STEPS)
+    assert_equal(outputs, expected, atol=1e-5)
+    state = counter.registry.state(model)
+    assert state.phase is Phase.CAPTURED
+    assert "test_trigger.py" in state.reason
+    holding = [op_counts(graph)["select_experts"] for graph in counter.graphs[-added[1] :]]
+    assert sorted(holding) == [0] * (added[1] - 1) + [3]
+    assert added[3:] == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["CapacityLoop", "UnequalLoop"])
 def test_refused_models_run_as_fragments(name: str) -> None:
     model = make(getattr(models, name))

@@ -117,10 +117,11 @@ def test_a_far_sample_at_the_same_timestep_is_a_new_generation_even_after_one_ca
     assert (info.fresh, info.reason, info.generation) == (True, "sample_changed", 1)
 
 
-def test_refused_samples_do_not_widen_what_is_accepted() -> None:
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_refused_samples_do_not_widen_what_is_accepted(share: float) -> None:
     tracker = SessionTracker()
-    tracker.observe(1.0, (LABELS,), noise(0))
-    for number, share in enumerate((0.5, 0.5, 0.5), start=1):
+    tracker.observe(1.0, (LABELS,), noise(0) + share * noise(9))
+    for number in (1, 2, 3):
         sample = noise(0) + share * noise(number)
         info = tracker.observe(1 - 0.05 * number, (LABELS,), sample)
         assert (info.fresh, info.reason, info.generation) == (True, "sample_unclear", 0)
@@ -175,6 +176,15 @@ def test_data_swapped_to_another_storage_is_seen() -> None:
     states.data = torch.randn(4, 700)
     assert states._version == version
     assert tracker.observe(*_args(euler(20)[2], states)).reason == "new_lane"
+
+
+def test_an_alias_with_its_own_version_counter_is_no_proof() -> None:
+    states = torch.randn(4, 700)
+    tracker = SessionTracker()
+    run(tracker, euler(20)[:2], states.data)
+    states.add_(1)
+    assert states.data._version == 0
+    assert tracker.observe(*_args(euler(20)[2], states.data)).reason == "new_lane"
 
 
 def test_recycled_addresses_do_not_alias() -> None:

@@ -19,7 +19,7 @@ COSTS = (
 FIXED = 100.0
 FULL = FIXED + (16 * 10 + 8 * 7 + 8 * 3) + (16 * 10 + 8 * 7)
 PLAIN, REUSE = Decision("plain", "caching_off"), Decision("reuse", "policy")
-COUNTS = torch.tensor([[3, 2, 1, 0, 2], [5, 4, 2, 1, 0]])
+COUNTS = torch.tensor([[3, 2, 1, 0, 2, 3], [5, 4, 2, 1, 0, 6]])
 
 
 def filled() -> Counters:
@@ -47,7 +47,8 @@ def test_totals() -> None:
 def test_flops() -> None:
     stats = filled().stats()
     assert stats.flops_full == 5 * FULL
-    reused = 3 * (3 * 10 + 2 * 7 + 2 * 3) + 3 * (5 * 10 + 4 * 7)
+    # Rows that ran as padding (3 for 2, 6 for 4) cost as much as the ones asked for.
+    reused = 3 * (3 * 10 + 3 * (7 + 3)) + 3 * (5 * 10 + 6 * 7)
     assert stats.flops_computed == 3 * FULL + 2 * FIXED + reused
     assert stats.speedup_flops == stats.flops_full / stats.flops_computed > 1
 
@@ -99,11 +100,11 @@ def test_reset_starts_at_zero() -> None:
 
 @pytest.mark.parametrize(
     "counts",
-    [COUNTS[:1], COUNTS[:, :4], COUNTS.int(), COUNTS.float(), torch.zeros(0, len(FIELDS)).long()],
+    [COUNTS[:1], COUNTS[:, :5], COUNTS.int(), COUNTS.float(), torch.zeros(0, len(FIELDS)).long()],
 )
 def test_counts_of_another_form_are_refused(counts: torch.Tensor) -> None:
     counters = Counters(COSTS)
-    with pytest.raises(ValueError, match=r"expected int64 \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"expected int64 \(2, 6\)"):
         counters.ran(REUSE, counts)
     assert counters.stats().steps == 0
 

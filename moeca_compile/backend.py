@@ -10,14 +10,16 @@ starts the capture (capture/trigger.py), so that the next step comes as one grap
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from .capture import RootRegistry, find_root, wrap_fragment
+from .capture import Phase, RootRegistry, wrap_fragment
+from .capture.banks import find_banks
 from .debug.dump import Dumper
 from .errors import UnsupportedError
 from .graph.retrace import Untraceable
@@ -67,8 +69,10 @@ moeca.reset = _reset  # type: ignore[attr-defined]  called by torch._dynamo.rese
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], options: Options, config: dict[str, Any]
 ) -> Callable[..., Any]:
-    call = find_root()
+    call = ROOTS.current_call()
     root = call.root if call is not None else None
+    if root is not None and _undecided(root):
+        return Fragment(gm, root, config)
     reason = _unsupported(inputs)
     if reason:
         return _plain(gm, inputs, options, config, reason)
@@ -78,6 +82,36 @@ def _compile(
         return _entry(gm, inputs, options, config, root)
     except Untraceable as error:
         return _plain(gm, inputs, options, config, str(error))
+
+
+def _undecided(root: nn.Module) -> bool:
+    """Whether this is a piece of a model whose dispatch is still to be captured."""
+    frame, state = traced_frame(), ROOTS.find(root)
+    deciding = state is None or state.phase in (Phase.NEW, Phase.INSTALLED)
+    possible = not torch.is_grad_enabled() and not root.training and bool(find_banks(root))
+    return frame is not None and deciding and possible and (frame.breaks or state is not None)
+
+
+class Fragment:
+    """A piece of a model that is about to be captured whole: run as it is, once.
+
+    If the capture fails the piece stays in use, and Inductor compiles it at its next call.
+    """
+
+    def __init__(self, gm: GraphModule, root: nn.Module, config: dict[str, Any]):
+        self._gm = gm
+        self._root = weakref.ref(root)
+        self._config = config
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None:
+            root = self._root()
+            state = ROOTS.find(root) if root is not None else None
+            if state is None or state.phase is not Phase.REFUSED:
+                return self._gm.forward(*args)
+            self._compiled = torch.compile(self._gm, backend="inductor", options=self._config)
+        return self._compiled(*args)
 
 
 def _entry(

@@ -69,7 +69,7 @@ def compile_call() -> CompileCall | None:
 
 
 def outermost_module(call: CompileCall) -> tuple[torch.nn.Module, tuple[Any, ...], Any] | None:
-    """The outermost module being called within `call`, with args and kwargs. Tested on torch 2.13."""
+    """The outermost module called within `call`, its args and kwargs. Tested on torch 2.13."""
     found: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not call.frame:
@@ -139,10 +139,10 @@ def traced_frame() -> TracedFrame | None:
 
 
 def placeholder_source(node: Node) -> str:
-    """Where Dynamo got a graph input from, e.g. `L['timestep']`; empty if unknown. Tested on 2.13."""
+    """Where Dynamo got a graph input from, e.g. `L['timestep']`, or "". Tested on torch 2.13."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
-    return name() if callable(name) else str(name)  # a method before 2.9, a property since
+    return str(name() if callable(name) else name)  # a method before 2.9, a property since
 
 
 def new_fake_mode() -> FakeTensorMode:

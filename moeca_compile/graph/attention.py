@@ -17,6 +17,7 @@ from .row_rules import VIEWS, Stop, rule_for, pointwise, shape_of, view_back
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
+PROJECTIONS = {aten.linear.default, *PRODUCTS}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 # What may follow the core inside the region: a projection and changes of shape or dtype.
 BEHIND = VIEWS | {
@@ -78,12 +79,24 @@ def _region(core: Node, key: Node, value: Node) -> AttentionRegion | NoMatch:
         return NoMatch("attention", name, "its output has no token rows [B, N, ...] in front", core)
     layout = row_layout(shape_of(root), space)
     assert layout is not None
-    draft = AttentionRegion(name, space, RowRoot(root, layout), core, ())
-    dry = pull_attention(draft, set())
-    if dry is None or core not in dry.requested:
+    out = RowRoot(root, layout)
+    dry = dry_pull([out], set(), space)
+    source = _first_input(core, dry) if dry is not None else None
+    if dry is None or source is None:
         return NoMatch("attention", name, "rows of its output do not lead to query rows", root)
     cached = _key_value(core, key, value, dry.requested[core], space)
-    return AttentionRegion(name, space, draft.root, core, cached)
+    return AttentionRegion(name, space, out, core, cached, source)
+
+
+def _first_input(core: Node, dry: DryRun) -> RowRoot | None:
+    """What the first projection on the way to the queries reads; None if the core was not passed."""
+    if core not in dry.pulled:
+        return None
+    for node in core.graph.nodes:
+        if node in dry.pulled and node.target in PROJECTIONS:
+            source = node.args[0]
+            return RowRoot(source, dry.requested[source]) if source in dry.requested else None
+    return None
 
 
 def _token_rows(core: Node, root: Node) -> tuple[Node, RowSpace | None]:

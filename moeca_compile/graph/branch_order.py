@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .branches import Branches, NotOneExpert
+from .dataflow import descendants
 from .layout import Factor, Layout, RowSpace, Selection, free_layout, tags
 from .lift_branches import trace_part
-from .one_expert import Leaves, NotOneExpert
+from .one_expert import Leaves
 from .pull import RowPuller
-from .routing_ids import Branches, IdsProbe, row_index
+from .routing_ids import IdsProbe, row_index
 from .row_rules import rule_for, shape_of
 
 aten = torch.ops.aten
@@ -49,11 +51,10 @@ class Restored:
     inputs: tuple[Node, ...]
 
 
-def restore_rows(root: Node, routed: Tensor, sorting: Sorting, inside: set[Node]) -> list[Restored]:
+def restore_rows(root: Node, routed: Tensor, sorting: Sorting) -> list[Restored]:
     """All nodes that bring rows computed from `root` back, in graph order.
 
-    routed: the fake value [T, K, D]; inside: what holds sorted rows. Raises NotOneExpert if sorted
-    rows are used in any other way.
+    routed: the fake value [T, K, D]. Raises NotOneExpert if sorted rows are used in any other way.
     """
     found: set[Node] = set()
     pending, seen = [root], {root}
@@ -70,7 +71,7 @@ def restore_rows(root: Node, routed: Tensor, sorting: Sorting, inside: set[Node]
     if not found:
         raise NotOneExpert("the branch outputs are never put back in branch order", root)
     order = [n for n in root.graph.nodes if n in found]
-    return [_restored(n, root, routed, sorting, inside) for n in order]
+    return [_restored(n, root, routed, sorting) for n in order]
 
 
 def sorted_rows_of(node: Node, sorting: Sorting) -> Node | None:
@@ -99,8 +100,9 @@ def _adds(node: Node) -> bool:
 class BranchOrder(RowPuller):
     """Pulls values of sorted rows as rows [T * K, ...] in branch order."""
 
-    def __init__(self, root: Node, sorting: Sorting, inside: set[Node], leaves: Leaves):
-        self._root, self._sorting, self._inside, self._leaves = root, sorting, inside, leaves
+    def __init__(self, root: Node, sorting: Sorting, leaves: Leaves):
+        self._root, self._sorting, self._leaves = root, sorting, leaves
+        self._sorted = descendants(root)
         count = sorting.branches.count
         selection = Selection(RowSpace(1, count), torch.empty(0), count, per_sample=False)
         super().__init__(selection, self._whole, lambda n: n is root or row_index(n) is not None)
@@ -127,20 +129,18 @@ class BranchOrder(RowPuller):
         return self.traced(node, lambda: value.repeat_interleave(times, 0))
 
     def _whole(self, node: Node) -> Any:
-        if node in self._inside:
+        if node in self._sorted:
             raise NotOneExpert("the branch outputs are used in sorted order", node)
         return self._leaves.value("whole", node, shape_of(node))
 
 
-def _restored(
-    node: Node, root: Node, routed: Tensor, sorting: Sorting, inside: set[Node]
-) -> Restored:
+def _restored(node: Node, root: Node, routed: Tensor, sorting: Sorting) -> Restored:
     rows = sorted_rows_of(node, sorting)
     assert rows is not None
     branches = sorting.branches
 
     def build(leaves: Leaves) -> Tensor:
-        value = BranchOrder(root, sorting, inside, leaves).rows(rows)
+        value = BranchOrder(root, sorting, leaves).rows(rows)
         if not _adds(node):
             return value
         value = value.reshape(branches.tokens, branches.top_k, *shape_of(rows)[1:]).sum(1)

@@ -19,9 +19,17 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from .branches import Branches, NotOneExpert
+from .dataflow import ancestors
 from .experts import num_experts_of, routed_experts
-from .one_expert import Leaves, NotOneExpert, OneExpert, StackedParameter, fake_hole, front_dims
-from .routing_ids import Branches
+from .layout import Layout
+from .one_expert import (
+    Leaves,
+    OneExpert,
+    StackedParameter,
+    fake_hole,
+    one_expert_shape,
+)
 from .row_rules import Stop, shape_of
 
 aten = torch.ops.aten
@@ -32,7 +40,8 @@ MakePuller = Callable[[Leaves], OneExpert]
 class Lifted:
     """A routed node to be. params: what each body parameter is computed from, in body order.
 
-    stack: graph from `banks` to the stacked parameters that are not simply a bank.
+    stack: graph from `banks` to the stacked parameters that are not simply a bank; products: the
+    matrix products it replaces.
     """
 
     root: Node
@@ -45,7 +54,7 @@ class Lifted:
     stack: GraphModule | None
     banks: tuple[Node, ...]
     value: Tensor
-    covered: frozenset[Node]
+    products: frozenset[Node]
 
     @property
     def derived(self) -> list[Node]:
@@ -78,7 +87,10 @@ def fold_branches(
     parametric: dict[Node, Node | None],
 ) -> Lifted:
     """The routed node for the branch output `root`. Raises NotOneExpert; nothing is edited."""
-    leaves, layout, covered = _dry(root, branches, make_puller, None)
+    leaves, layout, puller = _dry(root, branches, make_puller, None)
+    for leaf in [*leaves.of("rows"), *leaves.of("shared")]:
+        if not puller.products.isdisjoint(ancestors([leaf])):
+            raise NotOneExpert("mixes the branches of a token", leaf)
     rows, params, shared = (tuple(leaves.of(kind)) for kind in ("rows", "param", "shared"))
     if not rows or not params:
         raise NotOneExpert("the experts read no token rows or no parameters", root)
@@ -104,7 +116,17 @@ def fold_branches(
         except Stop as stop:
             raise NotOneExpert(stop.reason, root) from None
     return Lifted(
-        root, branches, body, rows, params, shared, parametric, stack, banks, value, covered
+        root,
+        branches,
+        body,
+        rows,
+        params,
+        shared,
+        parametric,
+        stack,
+        banks,
+        value,
+        frozenset(puller.products),
     )
 
 
@@ -179,7 +201,7 @@ def _merge_reshapes(gm: GraphModule) -> None:
 
 def _dry(
     node: Node, branches: Branches, make_puller: MakePuller, only_rows: frozenset[Node] | None
-) -> tuple[Leaves, Any, frozenset[Node]]:
+) -> tuple[Leaves, Layout, OneExpert]:
     layout = branches.layout(shape_of(node))
     if layout is None:
         raise NotOneExpert("its output has no branches [T, K] or [T * K] in front", node)
@@ -188,7 +210,7 @@ def _dry(
     with torch.no_grad():
         puller = make_puller(leaves)
         puller.root(node, layout)
-    return leaves, layout, frozenset(puller.met)
+    return leaves, layout, puller
 
 
 def _stack_parameters(
@@ -211,7 +233,7 @@ def _stack_parameters(
             layout = branches.layout(shape_of(node))
             if layout is None:
                 raise NotOneExpert("a parameter without branches in front", node)
-            inner = shape_of(node)[front_dims(layout) or 0 :]
+            inner = one_expert_shape(node, layout, parametric)
             out.append(puller.pull(node, layout).reshape([experts, *inner]))
         return tuple(out)
 

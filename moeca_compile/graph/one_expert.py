@@ -20,25 +20,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .layout import Factor, Layout, align, free, free_layout, selected_shape, tags
+from .branches import Branches, NotOneExpert, front_dims, narrowed, product_sides
+from .layout import Layout, align, selected_shape, tags
 from .pull import RowPuller
-from .routing_ids import FLAT_VIEWS, Branches, IdsProbe, row_index
+from .routing_ids import FLAT_VIEWS, IdsProbe, row_index
 from .row_rules import Stop, rule_for, shape_of
-from .rule_base import argument
 
 aten = torch.ops.aten
 PRODUCTS = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default, aten.einsum.default}
 TOKEN = frozenset("b")
 WIDENING = {aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int}
-
-
-class NotOneExpert(Exception):
-    """The computation is no function of token rows and one expert's parameters; why, and where."""
-
-    def __init__(self, reason: str, node: Node):
-        super().__init__(reason)
-        self.reason = reason
-        self.node = node
 
 
 @dataclass
@@ -76,7 +67,8 @@ class OneExpert(RowPuller):
     """Pulls branch values, in branch order, as values of one expert's rows [R = T, ...].
 
     parametric: nodes that are a function of the branch's expert alone -> the stacked node they were
-    gathered from, None if computed from such nodes. inside: all that depends on these.
+    gathered from, None if computed from such nodes. inside: branch values that depend on these.
+    products: the products met so far.
     """
 
     def __init__(
@@ -89,6 +81,7 @@ class OneExpert(RowPuller):
     ):
         self.branches, self.probe, self.leaves = branches, probe, leaves
         self.parametric, self.inside = parametric, inside
+        self.products: set[Node] = set()
         super().__init__(branches.selection(branches.tokens), self._shared, self._is_special)
 
     def root(self, node: Node, layout: Layout) -> Tensor:
@@ -126,7 +119,7 @@ class OneExpert(RowPuller):
             raise NotOneExpert(where + self.stops[node], node)
         if node in self.parametric:
             return self.param(node, layout)
-        if node.target in PRODUCTS and node in self.inside:
+        if self._is_product(node):
             return self.product(node, layout)
         if (widened := self.widened(node, layout)) is not None:
             return self.token_rows(*widened, layout)
@@ -145,10 +138,7 @@ class OneExpert(RowPuller):
 
     def param(self, node: Node, layout: Layout) -> Tensor:
         """One expert's value of a parameter with the branches in front: its other dims."""
-        front = front_dims(layout)
-        if front is None:
-            raise NotOneExpert("a parameter's branches are not in the first dims", node)
-        return self.leaves.value("param", node, shape_of(node)[front:])
+        return self.leaves.value("param", node, one_expert_shape(node, layout, self.parametric))
 
     def token_rows(self, node: Node, own: Layout, result: Layout) -> Tensor:
         """Rows of a token value in layout `own`, shaped to combine with `result`."""
@@ -157,14 +147,13 @@ class OneExpert(RowPuller):
         shape = []
         for mine, wanted in zip(own, result, strict=True):
             shape += selected_shape((wanted if tags(wanted) else mine,), self.selection)
-        if front_dims(result) is None:
+        order = [f for dim in result for f in dim if f.tag or f.size != 1]
+        if order[0].tag not in TOKEN:
             raise NotOneExpert("token rows meet branches that are not in the first dims", node)
         return self.shaped(node, rows, shape)
 
     def token_matrix(self, node: Node, own: Layout) -> Tensor:
         """Rows [R, D] of a value with tokens in front: the region's row input."""
-        if node in self.inside:
-            raise NotOneExpert("mixes the branches of a token", node)
         if front_dims(own) is None:
             raise NotOneExpert("token rows are not in the first dim", node)
         tokens = self.branches.tokens
@@ -186,8 +175,6 @@ class OneExpert(RowPuller):
 
     def widened(self, node: Node, layout: Layout) -> tuple[Node, Layout] | None:
         """(token value, its layout) if the node repeats each token's row for its K branches."""
-        if node in self.inside:
-            return None
         if (found := row_index(node)) is not None:
             source, index = found
             rank = len(shape_of(index))
@@ -200,18 +187,16 @@ class OneExpert(RowPuller):
         if node.target not in WIDENING or self.branches.top_k == 1:
             return None
         narrow: Any = node.args[0]
-        own = _narrowed(node, layout, shape_of(narrow))
+        own = narrowed(node, layout, shape_of(narrow))
         return (narrow, own) if own and tags(own) == TOKEN else None
 
     def product(self, node: Node, layout: Layout) -> Any:
         """bmm, matmul, baddbmm, einsum of rows and one expert's matrix -> linear or matmul."""
-        if node.target is aten.einsum.default:
-            sides = _einsum_sides(node, layout)
-        else:
-            sides = _product_sides(node, layout)
+        sides = product_sides(node, layout)
         weights = [s for s in sides if s[0] in self.parametric]
         if len(sides) != 2 or len(weights) != 1:
             raise NotOneExpert("not a product of rows and one expert's parameter", node)
+        self.products.add(node)
         (weight, weight_own, contracted) = weights[0]
         (rows_node, rows_own, _) = next(s for s in sides if s[0] is not weight)
         w = self.pull(weight, weight_own)
@@ -231,19 +216,37 @@ class OneExpert(RowPuller):
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
             raise NotOneExpert("baddbmm with factors", node)
         added: Any = node.args[0]
-        return out + self.operand(added, align(shape_of(added), layout), layout)
+        shift = self.operand(added, align(shape_of(added), layout), layout)
+        return self.traced(node, lambda: out + shift)
 
     def _shared(self, node: Node) -> Any:
         if node in self.inside or not isinstance(node.meta.get("val"), Tensor):
             raise NotOneExpert("an expert needs all of its rows at once", node)
         return self.leaves.value("shared", node, shape_of(node))
 
+    def _is_product(self, node: Node) -> bool:
+        parametric = any(n in self.parametric for n in node.all_input_nodes)
+        return parametric and node.target in PRODUCTS
+
     def _is_special(self, node: Node) -> bool:
-        if node in self.parametric:
+        if node in self.parametric or self._is_product(node):
             return True
         if node in self.inside:
-            return node.target in PRODUCTS
+            return False
         return self.branches.top_k == 1 or node.target in WIDENING or row_index(node) is not None
+
+
+def one_expert_shape(node: Node, layout: Layout, parametric: dict[Node, Node | None]) -> list[int]:
+    """The dims of one expert's value of a parameter that has the branches in front."""
+    front = front_dims(layout)
+    if front is None:
+        raise NotOneExpert("a parameter's branches are not in the first dims", node)
+    if (bank := parametric[node]) is not None:
+        return shape_of(bank)[1:]
+    inner = shape_of(node)[front:]
+    while len(inner) > 2 and inner[0] == 1:  # [T, 1, O, I]: a slot dim of size one
+        inner = inner[1:]
+    return inner
 
 
 class StackedParameter(RowPuller):
@@ -260,65 +263,3 @@ class StackedParameter(RowPuller):
 
     def _refuse(self, node: Node) -> Any:
         raise NotOneExpert("a parameter that mixes experts", node)
-
-
-def front_dims(layout: Layout) -> int | None:
-    """How many dims hold the rows, all of them in front of any other; None if they are not."""
-    tagged = [i for i, dim in enumerate(layout) if tags(dim)]
-    count = tagged[-1] + 1 if tagged else 0
-    inner = [f for dim in layout[:count] for f in dim if not f.tag and f.size != 1]
-    return None if inner else count
-
-
-def _narrowed(node: Node, layout: Layout, shape: list[int]) -> Layout | None:
-    """The layout of what expand, repeat or repeat_interleave widened over the slots."""
-    if node.target is aten.expand.default:
-        return align(shape, layout)
-    args: Any = node.args
-    times: dict[int, int] = {}
-    if node.target is aten.repeat.default and len(args[1]) == len(shape):
-        times = {d: r for d, r in enumerate(args[1]) if r != 1}
-    elif node.target is aten.repeat_interleave.self_int:
-        dim = argument(node, 2, "dim")
-        times = {} if dim is None else {dim % len(shape): args[1]}
-    if len(times) != 1:
-        return None
-    ((dim, count),) = times.items()
-    # Each element repeated: the slot is the dim's last factor; the dim repeated: its first.
-    at = 0 if node.target is aten.repeat.default else -1
-    slot = Factor(count, "n")
-    if not layout[dim] or layout[dim][at] != slot:
-        return None
-    return (*layout[:dim], tuple(f for f in layout[dim] if f != slot), *layout[dim + 1 :])
-
-
-Side = tuple[Node, Layout, int]  # operand, its layout, which of its matrix dims is contracted
-
-
-def _product_sides(node: Node, layout: Layout) -> list[Side]:
-    args: Any = node.args
-    a, b = args[1:3] if node.target is aten.baddbmm.default else args[:2]
-    a_shape, b_shape = shape_of(a), shape_of(b)
-    if min(len(a_shape), len(b_shape)) < 2 or tags(layout[-2:]):
-        raise NotOneExpert("a product over its branches", node)
-    a_own = (*align(a_shape[:-2], layout[:-2]), *free_layout(a_shape[-2:]))
-    b_own = (*align(b_shape[:-2], layout[:-2]), *free_layout(b_shape[-2:]))
-    return [(a, a_own, 1), (b, b_own, 0)]
-
-
-def _einsum_sides(node: Node, layout: Layout) -> list[Side]:
-    equation = str(node.args[0]).replace(" ", "")
-    if "." in equation or "->" not in equation:
-        raise NotOneExpert("einsum with an ellipsis or without an explicit output", node)
-    left, out = equation.split("->")
-    dims = dict(zip(out, layout, strict=True))
-    operands: Any = node.args[1]
-    sides: list[Side] = []
-    for letters, x in zip(left.split(","), operands, strict=True):
-        own = tuple(dims.get(c, free(s)) for c, s in zip(letters, shape_of(x), strict=True))
-        inner = [c for c, dim in zip(letters, own, strict=True) if not tags(dim)]
-        contracted = [i for i, c in enumerate(inner) if c not in dims]
-        if len(contracted) != 1 or len(set(letters)) != len(letters):
-            raise NotOneExpert(f"einsum {equation} is no product of rows and a matrix", node)
-        sides.append((x, own, contracted[0]))
-    return sides

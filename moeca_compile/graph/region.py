@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch.fx import Node
 
 from .layout import Layout, RowSpace
+
+PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,18 @@ class RowRoot:
 
 @dataclass(frozen=True)
 class AttentionRegion:
-    """Attention from its output `root` to the `core` (SDPA or the product with V)."""
+    """Attention from its output `root` to the `core` (SDPA or the product with V).
+
+    key_value: K and V where their rows are the query's tokens. input: what the first projection of
+    the queries reads.
+    """
 
     name: str
     space: RowSpace
     root: RowRoot
     core: Node
     key_value: tuple[RowRoot, ...]
+    input: RowRoot
 
 
 @dataclass(frozen=True)
@@ -89,4 +97,5 @@ def module_path(node: Node) -> str:
 def source_line(node: Node) -> str:
     """`file:line` in the user's code that made the node; empty where the trace has none."""
     found = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
+    found = [f for f in found if not f[0].startswith(PACKAGE)]  # captured code is not the user's
     return f"{found[-1][0]}:{found[-1][1]}" if found else ""

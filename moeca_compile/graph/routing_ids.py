@@ -12,7 +12,6 @@ the results are compared with what the rewrite assumes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from .branches import Branches
 from .dataflow import ancestors
-from .layout import Dim, Factor, Layout, RowSpace, Selection, free_layout
 from .row_rules import pointwise, rule_for, shape_of
 from .view_rules import RESHAPES, SQUEEZES
 
@@ -37,52 +36,6 @@ FLAT_VIEWS = (
         aten.detach.default,
     }
 )
-
-
-class OneSlot(Selection):
-    """Rows of branches: a dim of tokens has `count` rows, a dim of slots one."""
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        return {"b": self.count, "n": 1}
-
-
-@dataclass(frozen=True)
-class Branches:
-    """T x K branches. ids: a node whose elements in row-major order are branch t * K + k."""
-
-    ids: Node
-    tokens: int
-    top_k: int
-
-    @property
-    def count(self) -> int:
-        return self.tokens * self.top_k
-
-    @property
-    def tags(self) -> frozenset[str]:
-        """Row tags of a branch value: "b" for its token and, if there are several, "n" its slot."""
-        return frozenset("b" if self.top_k == 1 else "bn")
-
-    def token_dim(self) -> Dim:
-        return (Factor(self.tokens, "b"),)
-
-    def selection(self, rows: int) -> Selection:
-        """`rows` values instead of T * K, as tokens with one slot."""
-        device = self.ids.meta["val"].device
-        nothing = torch.empty(0, dtype=torch.int64, device=device)
-        return OneSlot(RowSpace(self.tokens, self.top_k), nothing, rows, per_sample=False)
-
-    def layout(self, shape: Sequence[int]) -> Layout | None:
-        """Branches in front of `shape`: [T, K, ...] or [T * K, ...]; None if they are not."""
-        front: Layout | None = None
-        if self.top_k == 1:
-            front = (self.token_dim(),) if shape and shape[0] == self.tokens else None
-        elif len(shape) > 1 and (shape[0], shape[1]) == (self.tokens, self.top_k):
-            front = (self.token_dim(), (Factor(self.top_k, "n"),))
-        elif shape and shape[0] == self.count:
-            front = ((*self.token_dim(), Factor(self.top_k, "n")),)
-        return None if front is None else (*front, *free_layout(shape[len(front) :]))
 
 
 def branches_of(index: Node) -> Branches | str:

@@ -62,7 +62,7 @@ class Variants:
                 fakes.append(
                     torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype, device=spec.device)
                 )
-            fakes += [torch.empty(len(plan.layers), dtype=torch.int64)] * self.counts(variant)
+            fakes += [torch.empty(len(plan.layers), 2, dtype=torch.int64)] * self.counts(variant)
 
         def run(*args: Tensor) -> Any:
             caches = dict(zip((s.name for s in specs), args[len(holes) :], strict=False))

@@ -27,6 +27,11 @@ class AttentionPlan:
     region: AttentionRegion
     root: RowCache
     key_value: tuple[RowCache, ...]
+    input: RowCache | None = None
+
+    @property
+    def own_input(self) -> tuple[RowCache, ...]:
+        return () if self.input is None else (self.input,)
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,22 @@ class LayerPlan:
     attention: tuple[AttentionPlan, ...]
     shared: tuple[RowCache, ...]
     tracks_drift: bool
+    shared_rows: bool  # the shared expert picks its own rows (attention first)
 
     def name(self, field: str) -> str:
         return f"{self.prefix}.{field}"
+
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """Caches of the expert input: when a token's branches, its shared rows, were written."""
+        fields = ("token_in", self.tracks_drift), ("shared_in", self.shared_rows)
+        return tuple(name for name, wanted in fields if wanted)
+
+    @property
+    def roots(self) -> frozenset[Node]:
+        """Nodes whose rows are read from a cache in a reuse step."""
+        attention = {a.root.root.node for a in self.attention}
+        return frozenset(attention | {c.root.node for c in self.shared})
 
     @property
     def tokens(self) -> int:
@@ -80,17 +98,19 @@ def _plan_layer(region: MoERegion, number: int, options: Options) -> LayerPlan:
     def cache(name: str, root: RowRoot) -> RowCache:
         return RowCache(f"{prefix}.{name}", root, region.space)
 
+    own_rows = options.order == "attention_first"
     attention = tuple(
         AttentionPlan(
             a,
             cache(f"attention{i}", a.root),
             tuple(cache(f"attention{i}.kv{j}", r) for j, r in enumerate(a.key_value)),
+            cache(f"attention{i}.input", a.input) if own_rows else None,
         )
         for i, a in enumerate(region.attention)
     )
     shared = tuple(cache(f"shared{i}", r) for i, r in enumerate(region.shared))
-    tracks = options.score == "input_drift" or options.order == "attention_first"
-    return LayerPlan(region, prefix, attention, shared, tracks)
+    tracks = options.score == "input_drift"
+    return LayerPlan(region, prefix, attention, shared, tracks, own_rows and bool(shared))
 
 
 def _specs(layer: LayerPlan) -> list[CacheSpec]:
@@ -111,11 +131,14 @@ def _specs(layer: LayerPlan) -> list[CacheSpec]:
     ]
     if layer.tracks_drift:
         specs.append(spec("slot_drift", (tokens, slots), torch.float32, "slot"))
+    for field in layer.input_fields:
         for i, rows in enumerate(region.rows):
             width = _val(rows).numel() // tokens
-            specs.append(spec(f"token_in{i}", (tokens + 1, width), _val(rows).dtype, "input"))
+            specs.append(spec(f"{field}{i}", (tokens + 1, width), _val(rows).dtype, "input"))
     for plan in layer.attention:
         specs.append(_row_spec(plan.root, "attention"))
+        if plan.input is not None:
+            specs.append(_row_spec(plan.input, "input"))
         specs += [_row_spec(c, "key_value") for c in plan.key_value]
     specs += [_row_spec(c, "shared") for c in layer.shared]
     return specs

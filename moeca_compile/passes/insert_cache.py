@@ -24,19 +24,28 @@ from ..graph.evaluate import Evaluator
 from ..graph.experts import sort_branches
 from ..options import Options
 from .cache_plan import CachePlan, LayerPlan
-from .reuse_layer import ReuseLayer
+from .attention_first import AttentionFirst
+from .reuse_layer import ReuseInputs, ReuseLayer
+from .router_first import RouterFirst
 from .run_experts import run_experts
 
 moeca = torch.ops.moeca
 VARIANTS = ("plain", "refresh", "reuse")
+ORDERS: dict[str, type[ReuseLayer]] = {
+    "router_first": RouterFirst,
+    "attention_first": AttentionFirst,
+}
 
 
 @dataclass(frozen=True)
 class VariantInputs:
-    """What a variant's traced function receives besides the model's own inputs."""
+    """What a variant's traced function receives besides the model's own inputs.
+
+    counts: CPU int64 [layers, 2] under a budget: branches and tokens of each sample to compute.
+    """
 
     caches: dict[str, Tensor]
-    count_branches: Tensor | None = None  # CPU int64 [layers]: branches per sample under a budget
+    counts: Tensor | None = None
 
 
 def variant_outputs(
@@ -52,8 +61,7 @@ def variant_outputs(
     reuse: list[ReuseLayer] = []
     for number, layer in enumerate(plan.layers):
         if variant == "reuse":
-            count = None if extra.count_branches is None else extra.count_branches[number]
-            reuse.append(ReuseLayer(evaluator, layer, options, extra.caches, count, plan.needed))
+            reuse.append(_reuse_layer(evaluator, layer, number, options, extra, plan.needed))
             reuse[-1].install()
         else:
             _install_full(evaluator, layer, options, extra.caches if variant == "refresh" else None)
@@ -63,6 +71,19 @@ def variant_outputs(
     outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
     counters = torch.stack([r.counters() for r in reuse]) if reuse else None
     return outputs, counters
+
+
+def _reuse_layer(
+    evaluator: Evaluator,
+    layer: LayerPlan,
+    number: int,
+    options: Options,
+    extra: VariantInputs,
+    needed: frozenset[Node],
+) -> ReuseLayer:
+    counts = (None, None) if extra.counts is None else extra.counts[number].unbind()
+    order = ORDERS[options.order]
+    return order(evaluator, layer, options, ReuseInputs(extra.caches, *counts), needed)
 
 
 def _install_full(
@@ -84,7 +105,7 @@ def _install_full(
         evaluator.replace(node, build)
 
     for attention in layer.attention:
-        for cache in (attention.root, *attention.key_value):
+        for cache in (attention.root, *attention.key_value, *attention.own_input):
             stored(cache.name, cache.root.node, cache.to_rows)
     for cache in layer.shared:
         stored(cache.name, cache.root.node, cache.to_rows)
@@ -141,5 +162,6 @@ def _store_slots(
     moeca.cache_fill(cache("spatial"), spatial)
     if layer.tracks_drift:
         moeca.cache_fill(cache("slot_drift"), torch.zeros_like(share))
+    for field in layer.input_fields:
         for i, r in enumerate(rows):
-            moeca.cache_fill(cache(f"token_in{i}"), r)
+            moeca.cache_fill(cache(f"{field}{i}"), r)

@@ -10,18 +10,20 @@ by batch: T * K copies of a matrix for a product that needs E of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ..graph.branches import Branches, NotOneExpert
 from ..graph.dataflow import ancestors
 from ..graph.lift_branches import Lifted, body_end, fold_branches, insert_routed, reshaped
-from ..graph.one_expert import PRODUCTS, Leaves, NotOneExpert, OneExpert
+from ..graph.one_expert import PRODUCTS, Leaves, OneExpert
 from ..graph.region import NoMatch, module_path
 from ..graph.routing_ids import (
     CASTS,
     FLAT_VIEWS,
-    Branches,
     IdsProbe,
     branches_of,
     row_index,
@@ -53,12 +55,12 @@ class NormalizeGathered:
             left = list(group.products)
             while left:
                 last = left[-1]
-                found = match_gathered(group, last)
+                found = match_gathered(gm, group, last)
                 if isinstance(found, NoMatch):
                     missed.append(found)
                     left = [p for p in left if p not in ancestors([last])]
                     continue
-                left = [p for p in left if p not in found.covered]
+                left = [p for p in left if p not in found.products]
                 replace_branches(gm, found)
                 changed += 1
         if changed:
@@ -123,20 +125,22 @@ def parametric_nodes(gm: GraphModule, gathers: dict[Node, Node]) -> dict[Node, N
     return found
 
 
-def below(gm: GraphModule, seeds: dict[Node, Node | None]) -> set[Node]:
-    """The seeds and all that depends on one of them."""
+def below(gm: GraphModule, seeds: Iterable[Node], branches: Branches) -> set[Node]:
+    """The seeds and the branch values that depend on one of them through branch values."""
     inside = set(seeds)
     for node in gm.graph.nodes:
         if any(n in inside for n in node.all_input_nodes):
-            inside.add(node)
+            value = node.meta.get("val")
+            if not isinstance(value, Tensor) or branches.layout(shape_of(node)) is not None:
+                inside.add(node)
     return inside
 
 
-def match_gathered(group: Gathered, product: Node) -> Lifted | NoMatch:
+def match_gathered(gm: GraphModule, group: Gathered, product: Node) -> Lifted | NoMatch:
     """The experts whose last product is `product`; the graph is not changed."""
     branches, parametric = group.branches, group.parametric
     probe = IdsProbe(branches, group.experts)
-    inside = below(product.graph.owning_module, parametric)  # type: ignore[arg-type]
+    inside = below(gm, parametric, branches)
 
     def make_puller(leaves: Leaves) -> OneExpert:
         return OneExpert(branches, probe, leaves, parametric, inside)

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..graph.branch_order import Restored, Sorting, restore_rows
+from ..graph.branches import Branches, NotOneExpert
 from ..graph.dataflow import ancestors
 from ..graph.layout import Layout, free_layout, tags
 from ..graph.lift_branches import Lifted, body_end, fold_branches, inline, insert_routed
-from ..graph.one_expert import Leaves, NotOneExpert, OneExpert
+from ..graph.one_expert import Leaves, OneExpert
 from ..graph.region import NoMatch, module_path
-from ..graph.routing_ids import Branches, IdsProbe, branches_of, row_index
+from ..graph.routing_ids import IdsProbe, branches_of, row_index
 from ..graph.row_rules import shape_of
 from .base import PassReport
 from .normalize_gathered import below, parametric_nodes
@@ -60,7 +61,7 @@ class NormalizeGrouped:
                 offsets = last.args[2:3]
                 left = [p for p in left if p.args[2:3] != offsets]
                 continue
-            left = [p for p in left if p not in found.lifted.covered]
+            left = [p for p in left if p not in found.lifted.products]
             replace_grouped(gm, found)
             changed += 1
         if changed:
@@ -80,15 +81,15 @@ def match_grouped(gm: GraphModule, product: Node) -> GroupedMatch | NoMatch:
             if (found := row_index(n)) and sorting.probe.role(found[1]) == "sorted_ids"
         }
         parametric = parametric_nodes(gm, gathers)  # type: ignore[arg-type]
-        sources = dict.fromkeys(n for n in gm.graph.nodes if _is_source(n, sorting))
-        inside = below(gm, {**parametric, **sources})
+        sources = [n for n in gm.graph.nodes if _is_source(n, sorting)]
+        inside = below(gm, [*parametric, *sources], sorting.branches)
 
         def make_puller(leaves: Leaves) -> OneExpert:
             return SortedExpert(sorting, leaves, parametric, inside)
 
         root = body_end(product, sorting.branches, make_puller)
         lifted = fold_branches(root, sorting.branches, make_puller, parametric)
-        return GroupedMatch(lifted, tuple(restore_rows(root, lifted.value, sorting, inside)))
+        return GroupedMatch(lifted, tuple(restore_rows(root, lifted.value, sorting)))
     except NotOneExpert as error:
         return NoMatch("moe", module_path(product), error.reason, error.node)
 
@@ -163,6 +164,7 @@ class SortedExpert(OneExpert):
 
     def grouped_product(self, node: Node, layout: Layout) -> Any:
         """_grouped_mm(rows, W [E, I, O], offsets) -> linear or matmul with one expert's matrix."""
+        self.products.add(node)
         rows_node, weight = node.args[:2]
         offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
         if len(node.args) > 3 or node.kwargs.get("bias") is not None:

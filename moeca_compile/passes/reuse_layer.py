@@ -1,15 +1,16 @@
-"""One MoE layer of a reuse step: route, guard, attend, compute the selected rows, read the rest.
+"""What both orders of a reuse step share: guard, rows, branches, combine, slot state.
 
-    router on the cached attention -> ids, w [T, K]                 (order "router_first", the paper)
-    guard_branches                 -> computed [T, K], tokens S = any computed branch
-    K, V, attention rows of S      -> cache_write; the root becomes cache_read
-    selected branches, shared rows -> cache_write; combine reads all slots with current weights
+    guard_branches            -> computed [T, K] in slot order
+    rows of a region's root   -> cache_write of the selected rows; the root becomes cache_read
+    combine                   -> as written, all slots of the cache with current weights
 
 Semantics: method step by step in `tests/reference.py`, which judges this file in float64.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,244 +20,213 @@ from torch.fx.traceback import set_current_meta
 
 from ..graph.dataflow import ancestors, descendants
 from ..graph.evaluate import Evaluator
-from ..graph.experts import sort_branches
+from ..graph.experts import SortedRows, sort_branches
 from ..graph.layout import Selection
 from ..graph.pull import RowPuller
 from ..graph.row_cache import RowCache, padded_index
 from ..options import Options
 from ..runtime.telemetry import FIELDS
-from .cache_plan import AttentionPlan, LayerPlan
+from .cache_plan import LayerPlan
 from .run_experts import run_experts
 
 moeca = torch.ops.moeca
 MIN_ROWS = 2  # Inductor specialises sizes 0 and 1: fewer rows are padded, padding is not stored
 
 
-class ReuseLayer:
-    """Builds one layer of the reuse variant under tracing."""
+@dataclass(frozen=True)
+class ReuseInputs:
+    """Caches by name, and under a budget how many branches and tokens of each sample to compute.
+
+    Counts are int64 scalars on the CPU: the graph reads them without waiting for a device.
+    """
+
+    caches: dict[str, Tensor]
+    branches: Tensor | None
+    tokens: Tensor | None
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Selected token rows, where to write them (padding goes behind the last row), and the mask."""
+
+    selection: Selection
+    write_index: Tensor
+    mask: Tensor  # [T] bool
+
+    @property
+    def run(self) -> Any:
+        """Rows computed, padding included."""
+        return self.selection.count * self.selection.space.samples
+
+
+class ReuseLayer(ABC):
+    """Builds one MoE layer of the reuse variant under tracing."""
 
     def __init__(
         self,
         evaluator: Evaluator,
         layer: LayerPlan,
         options: Options,
-        caches: dict[str, Tensor],
-        count: Tensor | None,
+        inputs: ReuseInputs,
         needed: frozenset[Node],
     ):
         self.evaluator = evaluator
-        self.needed = needed
         self.layer = layer
         self.region = layer.region
         self.options = options
-        self.caches = caches
-        self.count = count
-        self._roots = {a.root.root.node for a in layer.attention} | {
-            c.root.node for c in layer.shared
-        }
-        self._counters: Tensor | None = None
+        self.inputs = inputs
+        self._outside = needed - layer.roots
+        self._counts: dict[str, Any] = {}
 
+    @abstractmethod
     def install(self) -> None:
-        """Replace the region's roots; the first one that is needed builds the layer's routing."""
-        for attention in self.layer.attention:
-            self.evaluator.replace(attention.root.root.node, self._route)
-        self.evaluator.replace(self.region.ids, self._route)
-        self.evaluator.replace(self.region.weights, self._route)
-        self.evaluator.replace(self.region.combine, self._combine)
+        """Replace the region's roots; what is needed first builds what it depends on."""
 
     def counters(self) -> Tensor:
         """int64 [fields], in the order of telemetry.FIELDS, counted from what ran."""
-        assert self._counters is not None
-        return self._counters
+        zero = torch.zeros((), dtype=torch.int64, device=self.computed.device)
+        return torch.stack([zero + self._counts.get(name, 0) for name in FIELDS])
 
-    def _cache(self, field: str) -> Tensor:
-        return self.caches[self.layer.name(field)]
+    # -- caches ----------------------------------------------------------------------------------
 
-    def _read(self, cache: RowCache) -> Tensor:
-        rows = moeca.cache_read(self.caches[cache.name], self.layer.tokens)
+    def cache(self, field: str) -> Tensor:
+        return self.inputs.caches[self.layer.name(field)]
+
+    def read(self, cache: RowCache) -> Tensor:
+        rows = moeca.cache_read(self.inputs.caches[cache.name], self.layer.tokens)
         return cache.from_rows(rows)
+
+    def refresh_rows(self, caches: tuple[RowCache, ...], rows: TokenRows) -> None:
+        """Recompute the selected rows of each root in turn; its value is then its whole cache."""
+        puller = RowPuller(rows.selection, self.evaluator.value, self._outside.__contains__)
+        for cache in caches:
+            root = cache.root
+            with set_current_meta(root.node):
+                fresh = cache.to_rows(puller.pull(root.node, root.layout), rows.selection)
+                moeca.cache_write(self.inputs.caches[cache.name], rows.write_index, fresh)
+                self.evaluator.set(root.node, self.read(cache))
+
+    def drift(self, name: str, now: Tensor) -> Tensor:
+        """Relative change [T] of rows `now [T, W]` since the token's row in cache `name`."""
+        then = moeca.cache_read(self.inputs.caches[name], self.layer.tokens).float()
+        return (now.float() - then).norm(dim=-1) / then.norm(dim=-1).clamp(min=1e-12)
+
+    def input_drift(self, rows: list[Tensor]) -> Tensor:
+        """Drift [T] of the expert inputs, summed where experts take several."""
+        return self.summed_drift("token_in", rows)
+
+    def summed_drift(self, field: str, rows: list[Tensor]) -> Tensor:
+        """Drift [T] against the caches `field`0, `field`1, ..., summed."""
+        names = [self.layer.name(f"{field}{i}") for i in range(len(rows))]
+        return torch.stack([self.drift(n, r) for n, r in zip(names, rows)]).sum(0)
 
     # -- routing ---------------------------------------------------------------------------------
 
-    def _route(self) -> None:
-        # From here on these are nodes like any other, on the cached attention.
-        self.evaluator.restore(self.region.ids)
-        self.evaluator.restore(self.region.weights)
-        with set_current_meta(self.region.routed):
-            self._route_first()
-
-    def _route_first(self) -> None:
-        stale = self._stale_view()
-        shape = (self.layer.tokens, self.region.top_k)
-        ids = stale(self.region.ids)
-        weights = stale(self.region.weights)
-        inputs = [stale(r).reshape(self.layer.tokens, -1) for r in self.region.rows]
-        self._guard(ids.reshape(shape), weights.reshape(shape), inputs)
-        tokens = self.computed.any(1).reshape(self.region.space.samples, -1)
-        self._select_tokens(tokens)
-        for attention in self.layer.attention:
-            self._attend(attention)
-        self.evaluator.set(self.region.ids, ids)
-        self.evaluator.set(self.region.weights, weights)
-
-    def _stale_view(self) -> Any:
-        """The graph with attention as cached, read before anything is written in this step."""
-        changed = {a.root.root.node: self._read(a.root) for a in self.layer.attention}
-        below: set[Node] = set()
-        for root in changed:
-            below |= descendants(root)
-        wanted = [self.region.ids, self.region.weights, *self.region.rows]
-        below &= ancestors(wanted, stop=set(changed))
-        return self.evaluator.view(changed, below)
-
-    def _guard(self, ids: Tensor, weights: Tensor, inputs: list[Tensor]) -> None:
-        options = self.options
+    def guard(self, ids: Tensor, weights: Tensor, rows: list[Tensor]) -> None:
+        """Decide the branches to compute; results stay on the object, [T, K] in slot order."""
+        options, shape = self.options, (self.layer.tokens, self.region.top_k)
+        ids = ids.reshape(shape)
         spatial, limits = moeca.expert_thresholds(
-            self._cache("spatial"), ids, options.tau, options.alpha, options.beta
+            self.cache("spatial"), ids, options.tau, options.alpha, options.beta
         )
-        moeca.cache_fill(self._cache("spatial"), spatial)
-        slot_norm = moeca.cache_read(self._cache("slot_norm"), self.layer.branches)
-        slot_weight = self._cache("slot_weight")
+        moeca.cache_fill(self.cache("spatial"), spatial)
+        slot_weight = self.cache("slot_weight")
+        slot_norm = moeca.cache_read(self.cache("slot_norm"), self.layer.branches)
         drift = torch.zeros_like(slot_weight)
         if self.layer.tracks_drift:
-            drift = self._drift(inputs).unsqueeze(1) + self._cache("slot_drift")
+            drift = self.input_drift(rows).unsqueeze(1) + self.cache("slot_drift")
         self.computed, self.now, self.slot_weights, self.share, self.matched = moeca.guard_branches(
             ids,
-            weights,
-            self._cache("slot_ids"),
+            weights.reshape(shape),
+            self.cache("slot_ids"),
             slot_weight,
-            slot_norm.reshape(slot_weight.shape),
+            slot_norm.reshape(shape),
             drift,
             limits,
             self.region.space.samples,
-            self._budget(),
+            self.budget(self.inputs.branches, self.layer.branches),
             options.score,
             options.lambda_drift,
             options.lambda_share,
         )
 
-    def _budget(self) -> Any:
-        """Branches per sample under a budget, a size known only at run time."""
-        if self.count is None:
+    def budget(self, count: Tensor | None, rows: int) -> Any:
+        """A count per sample as a size known only at run time, at most `rows / samples`."""
+        if count is None:
             return None
-        count: Any = self.count.item()
-        torch._check(count >= MIN_ROWS)
-        torch._check(count <= self.layer.branches // self.region.space.samples)
-        return count
+        size: Any = count.item()
+        torch._check(size >= MIN_ROWS)
+        torch._check(size <= rows // self.region.space.samples)
+        return size
 
-    def _drift(self, inputs: list[Tensor]) -> Tensor:
-        """Relative change [T] of the expert input since the token was last written."""
-        total = None
-        for i, now in enumerate(inputs):
-            then = moeca.cache_read(self._cache(f"token_in{i}"), self.layer.tokens).float()
-            moved = (now.float() - then).norm(dim=-1) / then.norm(dim=-1).clamp(min=1e-12)
-            total = moved if total is None else total + moved
-        assert total is not None
-        return total
-
-    # -- rows ------------------------------------------------------------------------------------
-
-    def _select_tokens(self, chosen: Tensor) -> None:
-        """Selection of the tokens in `chosen [B, N]`, padded per sample to the fullest sample."""
+    def rows_of(self, token: Tensor, valid: Tensor, mask: Tensor, count: Any) -> TokenRows:
+        """Rows of `token [B, n]` (index within the sample); those not `valid` are padding."""
         space = self.region.space
-        count: Any = chosen.sum(1).amax().clamp(min=MIN_ROWS).item()
-        torch._check(count >= MIN_ROWS)
-        torch._check(count <= space.tokens)
-        valid, token = chosen.to(torch.float32).topk(count, 1)
-        base = torch.arange(space.samples, device=chosen.device).unsqueeze(1) * space.tokens
-        flat = (base + token).reshape(-1)
-        self.selection = Selection(space, flat, count, per_sample=True)
-        self.write_index = padded_index(self.selection, valid > 0)
-        self.tokens = chosen.reshape(-1)
+        base = torch.arange(space.samples, device=token.device).unsqueeze(1) * space.tokens
+        selection = Selection(space, (base + token).reshape(-1), count, per_sample=True)
+        return TokenRows(selection, padded_index(selection, valid), mask.reshape(-1))
 
-    def _puller(self) -> RowPuller:
-        """Rows of the selected tokens. Values outside the regions are there in full anyway."""
-        outside = self.needed - self._roots
-        return RowPuller(self.selection, self.evaluator.value, outside.__contains__)
+    # -- branches --------------------------------------------------------------------------------
 
-    def _attend(self, attention: AttentionPlan) -> None:
-        """Recompute K, V and the output of the selected tokens; the caches then hold every row."""
-        puller = self._puller()
-        for cache in (*attention.key_value, attention.root):
-            root = cache.root
-            with set_current_meta(root.node):
-                fresh = cache.to_rows(puller.pull(root.node, root.layout), self.selection)
-                moeca.cache_write(self.caches[cache.name], self.write_index, fresh)
-                self.evaluator.set(root.node, self._read(cache))
-
-    def _combine(self) -> None:
-        with set_current_meta(self.region.routed):
-            self.evaluator.value(self.region.weights)  # routes, if nothing has asked for it yet
-            rows = [self.evaluator.value(r).reshape(self.layer.tokens, -1) for r in self.region.rows]
-            self._compute_branches(rows)
-            self._compute_shared()
-            self._update_slots(rows)
-            self._count()
-            slots = moeca.cache_read(self._cache("slot_out"), self.layer.branches)
-            self._evaluate_combine(slots.reshape(*self.computed.shape, -1))
-
-    def _compute_branches(self, rows: list[Tensor]) -> None:
+    def compute_branches(self, rows: list[Tensor]) -> None:
+        """Run the selected experts on their rows, store outputs, norms and the tokens' inputs."""
         region, flat = self.region, self.computed.reshape(-1)
-        if self.count is None:
-            count: Any = flat.sum().clamp(min=MIN_ROWS).item()
+        count = self.budget(self.inputs.branches, self.layer.branches)
+        if count is None:
+            count = flat.sum().clamp(min=MIN_ROWS).item()
             torch._check(count >= MIN_ROWS)
             torch._check(count <= self.layer.branches)
         else:
-            count = self._budget() * region.space.samples
+            count = count * region.space.samples
         order, groups = sort_branches(self.now.reshape(-1), region.num_experts, flat)
         branch = order.narrow(0, 0, count)
-        groups = type(groups)(groups.ends, groups.experts.narrow(0, 0, count))
+        groups = SortedRows(groups.ends, groups.experts.narrow(0, 0, count))
         token = torch.div(branch, region.top_k, rounding_mode="floor")
-        out = run_experts(self.evaluator, region, [r.index_select(0, token) for r in rows], groups)
-        index = torch.where(flat[branch], branch, self.layer.branches)
-        moeca.cache_write(self._cache("slot_out"), index, out)
-        moeca.cache_write(self._cache("slot_norm"), index, out.float().norm(dim=-1))
+        picked = [r.index_select(0, token) for r in rows]
+        out = run_experts(self.evaluator, region, picked, groups)
+        valid = flat[branch]
+        index = torch.where(valid, branch, self.layer.branches)
+        moeca.cache_write(self.cache("slot_out"), index, out)
+        moeca.cache_write(self.cache("slot_norm"), index, out.float().norm(dim=-1))
+        self._update_slots(rows, picked, torch.where(valid, token, self.layer.tokens))
 
-    def _compute_shared(self) -> None:
-        puller = self._puller()
-        for cache in self.layer.shared:
-            root = cache.root
-            with set_current_meta(root.node):
-                fresh = cache.to_rows(puller.pull(root.node, root.layout), self.selection)
-                moeca.cache_write(self.caches[cache.name], self.write_index, fresh)
-                self.evaluator.set(root.node, self._read(cache))
-
-    def _update_slots(self, rows: list[Tensor]) -> None:
+    def _update_slots(self, rows: list[Tensor], picked: list[Tensor], index: Tensor) -> None:
         """Ids, weights, drift and inputs of every token with a computed branch, written together."""
-        moved = self.tokens.unsqueeze(1)
-        slot_ids, slot_weight = self._cache("slot_ids"), self._cache("slot_weight")
+        moved = self.computed.any(1, keepdim=True)
+        slot_ids, slot_weight = self.cache("slot_ids"), self.cache("slot_weight")
         moeca.cache_fill(slot_weight, torch.where(moved, self.share, slot_weight))
         moeca.cache_fill(slot_ids, torch.where(self.computed, self.now, slot_ids))
         if not self.layer.tracks_drift:
             return
-        older = self._cache("slot_drift") + self._drift(rows).unsqueeze(1) * moved
-        moeca.cache_fill(self._cache("slot_drift"), torch.where(self.computed, 0.0, older))
-        for i, r in enumerate(rows):
-            picked = r.index_select(0, self.selection.flat)
-            moeca.cache_write(self._cache(f"token_in{i}"), self.write_index, picked)
+        older = self.cache("slot_drift") + self.input_drift(rows).unsqueeze(1) * moved
+        moeca.cache_fill(self.cache("slot_drift"), torch.where(self.computed, 0.0, older))
+        # A token with two computed branches is written twice, with the same row.
+        for i, r in enumerate(picked):
+            moeca.cache_write(self.cache(f"token_in{i}"), index, r)
 
-    def _evaluate_combine(self, slots: Tensor) -> None:
+    def combine(self) -> None:
         """The combine as written, on slot order: it sums over the slots, their order is free."""
         region = self.region
-        weights = self.slot_weights.reshape(region.weights.meta["val"].shape)
-        changed = {region.routed: slots, region.weights: weights}
+        slots = moeca.cache_read(self.cache("slot_out"), self.layer.branches)
+        changed = {
+            region.routed: slots.reshape(*self.computed.shape, -1),
+            region.weights: self.slot_weights.reshape(region.weights.meta["val"].shape),
+        }
         below = ancestors([region.combine], stop=set(changed)) & (
             descendants(region.routed) | descendants(region.weights)
         )
-        value = self.evaluator.view(changed, below)(region.combine)
-        self.evaluator.set(region.combine, value)
+        self.evaluator.set(region.combine, self.evaluator.view(changed, below)(region.combine))
 
-    def _count(self) -> None:
-        dropped = ~self.matched & ~self.computed
-        attended = self.tokens.sum()
-        zero = torch.zeros_like(attended)
-        run = self.selection.count * self.region.space.samples
-        values = {
+    def count(self, attended: TokenRows | None, shared: TokenRows | None) -> None:
+        """Note what ran; None where the layer has no such part."""
+        self._counts = {
             "branches_computed": self.computed.sum(),
-            "tokens_attended": attended if self.layer.attention else zero,
             "unmatched": (~self.matched).sum(),
-            "dropped": dropped.sum(),
-            "shared_rows": attended if self.layer.shared else zero,
-            "rows_run": zero + run,
+            "dropped": (~self.matched & ~self.computed).sum(),
         }
-        self._counters = torch.stack([values[name] for name in FIELDS])
+        if attended is not None and self.layer.attention:
+            self._counts["tokens_attended"] = attended.mask.sum()
+            self._counts["attention_run"] = attended.run
+        if shared is not None and self.layer.shared:
+            self._counts["shared_rows"] = shared.mask.sum()
+            self._counts["shared_run"] = shared.run

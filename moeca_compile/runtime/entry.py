@@ -137,12 +137,17 @@ class CompiledEntry:
         return found
 
     def _budget_counts(self) -> list[Tensor]:
-        """Branches per sample and layer that the budget allows, as the graph's CPU input [layers]."""
+        """Branches and tokens per sample that the budget allows: the graph's CPU input [layers, 2].
+
+        At least two: smaller sizes would be specialised.
+        """
         assert self.options.budget is not None
         allowed = []
         for layer in self.variants.analysis.plan.layers:
-            branches = layer.branches // layer.region.space.samples
-            allowed.append(max(MIN_ROWS, math.ceil(self.options.budget * branches - 1e-9)))
+            samples = layer.region.space.samples
+            sizes = (layer.branches // samples, layer.tokens // samples)
+            budget = self.options.budget
+            allowed.append([max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes])
         return [torch.tensor(allowed, dtype=torch.int64)]
 
     def _training(self) -> bool:

@@ -18,14 +18,15 @@ from torch import Tensor
 from moeca_compile.policies.protocol import Decision
 from moeca_compile.runtime.stats import LayerCost, LayerStats, Stats
 
-# rows_run: token rows the attention and shared expert really ran on, padding included.
+# attention_run, shared_run: rows really computed, padding included.
 FIELDS = (
     "branches_computed",
     "tokens_attended",
     "unmatched",
     "dropped",
     "shared_rows",
-    "rows_run",
+    "attention_run",
+    "shared_run",
 )
 MAX_EVENTS = 256
 
@@ -128,5 +129,6 @@ def _layer_stats(cost: LayerCost, full: int, reuse: int, counted: Sequence[int])
         flops_full=cost.full_flops * (full + reuse),
         flops_computed=cost.full_flops * full
         + cost.branch_flops * count["branches_computed"]
-        + (cost.token_flops + cost.shared_flops) * count["rows_run"],
+        + cost.token_flops * count["attention_run"]
+        + cost.shared_flops * count["shared_run"],
     )

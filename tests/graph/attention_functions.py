@@ -24,12 +24,13 @@ COS, SIN = ANGLE.repeat(1, 2).cos(), ANGLE.repeat(1, 2).sin()
 TURN = torch.polar(torch.ones_like(ANGLE), ANGLE)
 
 
-def heads(x: Tensor, groups: int = HEADS) -> list[Tensor]:
+def heads(x: Tensor, groups: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, H, N, d], k and v [B, groups, N, d]."""
     b, n, _ = x.shape
     sizes = [WIDTH, groups * HEAD, groups * HEAD]
     parts = F.linear(x, BIG[0])[..., : sum(sizes)].split(sizes, -1)
-    return [p.view(b, n, -1, HEAD).transpose(1, 2) for p in parts]
+    q, k, v = (p.view(b, n, -1, HEAD).transpose(1, 2) for p in parts)
+    return q, k, v
 
 
 def merge(out: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def sdpa(x: Tensor, **kwargs: Any) -> Tensor:
 
 def packed(x: Tensor) -> Tensor:
     qkv = F.linear(x, BIG[0]).reshape(*x.shape[:2], 3, HEADS, HEAD).permute(2, 0, 3, 1, 4)
-    return merge(F.scaled_dot_product_attention(*qkv.unbind(0)))
+    q, k, v = qkv.unbind(0)
+    return merge(F.scaled_dot_product_attention(q, k, v))
 
 
 def indexed(x: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def modulated(x: Tensor) -> Tensor:
 def cross(x: Tensor) -> Tensor:
     """Keys and values of other tokens."""
     q, _, _ = heads(x)
-    return merge(F.scaled_dot_product_attention(q, *OTHERS))
+    return merge(F.scaled_dot_product_attention(q, OTHERS[0], OTHERS[1]))
 
 
 def learned_queries(x: Tensor) -> Tensor:

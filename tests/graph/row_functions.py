@@ -95,7 +95,7 @@ PUSHED: dict[str, Callable[[Tensor], Tensor]] = {
     # parts and joins of free dims
     "select": lambda x: x[..., 3] * x.select(2, 1),
     "slice": lambda x: x[..., ::2] + x[:, :, 4:] + x.narrow(-1, 2, 4),
-    "chunk": lambda x: (lambda g, u: F.silu(g) * u)(*x.chunk(2, -1)),
+    "chunk": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
     "split": lambda x: x.split(4, -1)[1] + x.split([3, 4, 1], -1)[1],
     "split, other forms": lambda x: aten.split.sizes(x, [2, 6], -1)[1].sum(-1)
     + x.tensor_split(3, -1)[0].sum(-1) + x.tensor_split([3], -1)[1].sum(-1),

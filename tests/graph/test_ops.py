@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import moeca_compile.ops  # noqa: F401
 from graph.pushing import tensor
@@ -63,9 +64,9 @@ def test_schema_and_fake_implementation(name: str) -> None:
 def test_fake_results_have_the_real_strides(name: str) -> None:
     op, args = CALLS[name]
     with new_fake_mode() as mode:
-        faked = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
-        fakes = torch.utils._pytree.tree_leaves(op(*faked))
-    reals = torch.utils._pytree.tree_leaves(op(*args))
+        faked = tree_map_only(Tensor, mode.from_tensor, args)
+        fakes = tree_leaves(op(*faked))
+    reals = tree_leaves(op(*args))
     for real, fake in zip(reals, fakes, strict=True):
         if isinstance(real, Tensor):
             assert real.shape == fake.shape

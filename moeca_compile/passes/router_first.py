@@ -1,0 +1,73 @@
+"""The paper's order: the router sees cached attention, then the chosen tokens are attended.
+
+    stale stream -> ids, w, guard -> tokens S -> K, V, attention rows of S -> stream with them
+    -> expert inputs -> selected branches, shared rows of S -> combine with the weights above
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.traceback import set_current_meta
+
+from ..graph.dataflow import ancestors, descendants
+from .reuse_layer import MIN_ROWS, ReuseLayer, TokenRows
+
+
+class RouterFirst(ReuseLayer):
+    """One selection of tokens per layer: those with a computed branch."""
+
+    def install(self) -> None:
+        for attention in self.layer.attention:
+            self.evaluator.replace(attention.root.root.node, self._route)
+        self.evaluator.replace(self.region.ids, self._route)
+        self.evaluator.replace(self.region.weights, self._route)
+        self.evaluator.replace(self.region.combine, self._experts)
+
+    def _route(self) -> None:
+        # From here on these are nodes like any other, on the cached attention.
+        self.evaluator.restore(self.region.ids)
+        self.evaluator.restore(self.region.weights)
+        with set_current_meta(self.region.routed):
+            stale = self._stale_view()
+            ids, weights = stale(self.region.ids), stale(self.region.weights)
+            rows = [stale(r).reshape(self.layer.tokens, -1) for r in self.region.rows]
+            self.guard(ids, weights, rows)
+            self.rows = self._select(self.computed.any(1))
+        for attention in self.layer.attention:
+            self.refresh_rows((*attention.key_value, attention.root), self.rows)
+        self.evaluator.set(self.region.ids, ids)
+        self.evaluator.set(self.region.weights, weights)
+
+    def _stale_view(self) -> Callable[[Any], Any]:
+        """The graph with attention as cached, read before anything is written in this step."""
+        changed = {a.root.root.node: self.read(a.root) for a in self.layer.attention}
+        below: set[Node] = set()
+        for root in changed:
+            below |= descendants(root)
+        wanted = [self.region.ids, self.region.weights, *self.region.rows]
+        below &= ancestors(wanted, stop=set(changed))
+        return self.evaluator.view(changed, below)
+
+    def _select(self, mask: Tensor) -> TokenRows:
+        """The tokens in `mask [T]`, padded per sample to as many as the fullest sample has."""
+        space = self.region.space
+        chosen = mask.reshape(space.samples, space.tokens)
+        count: Any = chosen.sum(1).amax().clamp(min=MIN_ROWS).item()
+        torch._check(count >= MIN_ROWS)
+        torch._check(count <= space.tokens)
+        valid, token = chosen.to(torch.float32).topk(count, 1)
+        return self.rows_of(token, valid > 0, mask, count)
+
+    def _experts(self) -> None:
+        with set_current_meta(self.region.routed):
+            self.evaluator.value(self.region.weights)  # routes, if nothing has asked for it yet
+            rows = [self.evaluator.value(r).reshape(self.layer.tokens, -1) for r in self.region.rows]
+            self.compute_branches(rows)
+            self.refresh_rows(self.layer.shared, self.rows)
+            self.count(self.rows, self.rows)
+            self.combine()

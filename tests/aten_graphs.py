@@ -1,9 +1,9 @@
 """Graphs as the passes meet them, and what tests ask of a graph.
 
-    graph = traced(model, *inputs)           # Dynamo -> pre-dispatch ATen
-    before = graph.run()
-    NormalizeGathered().run(graph.gm)
-    after = graph.run()
+graph = traced(model, *inputs)           # Dynamo -> pre-dispatch ATen
+before = graph.run()
+NormalizeGathered().run(graph.gm)
+after = graph.run()
 """
 
 from __future__ import annotations

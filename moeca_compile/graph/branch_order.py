@@ -30,6 +30,13 @@ from .row_rules import rule_for, shape_of
 
 aten = torch.ops.aten
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+# Ops that read the shape of a value only.
+SHAPED = {
+    aten.zeros_like.default,
+    aten.new_zeros.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ def restore_rows(root: Node, routed: Tensor, sorting: Sorting) -> list[Restored]
         for user in node.users:
             if sorted_rows_of(user, sorting) is node:
                 found.add(user)
+            elif user.target in SHAPED:
+                continue
             elif user.op == "output" or rule_for(user.target) is None or row_index(user):
                 raise NotOneExpert("the branch outputs are used in sorted order", user)
             elif user not in seen:
@@ -113,7 +122,8 @@ class BranchOrder(RowPuller):
 
     def gather(self, node: Node, layout: Layout) -> Any:
         if node in self.stops:
-            raise NotOneExpert(self.stops[node], node)
+            where = "" if node in self._sorted else "meets sorted rows but is not in sorted order: "
+            raise NotOneExpert(where + self.stops[node], node)
         if not tags(layout[0]):
             raise NotOneExpert("sorted rows that are not in the first dim", node)
         if node is self._root:

@@ -157,8 +157,8 @@ def _map_experts(target: Any, args: Any, kwargs: Any) -> Any:
         )
         results.append(target(*one_args, **one_kwargs))
     if isinstance(results[0], (tuple, list)):  # split, chunk, unbind of a parameter
-        return [PerExpert(tuple(part)) for part in zip(*results, strict=True)]
-    return PerExpert(tuple(results))
+        return [per_expert(part) for part in zip(*results, strict=True)]
+    return PerExpert(tuple(results) if len(results) > 1 else (results[0].unsqueeze(0),))
 
 
 def sort_branches(
@@ -186,7 +186,10 @@ def num_experts_of(params: Sequence[Any]) -> int:
 
 
 def per_expert(entry: Any) -> PerExpert:
-    return PerExpert(tuple(entry) if isinstance(entry, (tuple, list)) else (entry,))
+    """A params entry: E tensors, or one stacked tensor [E, ...]; a bank of one is stacked."""
+    if isinstance(entry, (tuple, list)):
+        return PerExpert(tuple(entry) if len(entry) > 1 else (entry[0].unsqueeze(0),))
+    return PerExpert((entry,))
 
 
 def routed_experts(

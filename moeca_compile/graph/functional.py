@@ -1,7 +1,7 @@
 """In-place ops of the user's code as out-of-place ones, so that values can be moved and cached.
 
-    before:  y = aten.add_.Tensor(x, r)              (x is not read afterwards)
-    after:   y = aten.add.Tensor(x, r)
+    before:  y = aten.add_.Tensor(x [T, D] bf16, r f32)      (x is not read afterwards)
+    after:   y = aten.to.dtype(aten.add.Tensor(x, r), bf16)
 Refused, the model then runs on plain Inductor: writes to an input, and writes to a tensor of which
 another view is read later.
 """
@@ -11,25 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
-
-from .row_rules import VIEWS
+from torch.multiprocessing.reductions import StorageWeakRef
 
 aten = torch.ops.aten
-ALIASING = VIEWS | {
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.narrow.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.view_as_real.default,
-    aten.view_as_complex.default,
-}
 
 
 class Mutation(Exception):
@@ -43,13 +29,14 @@ class Mutation(Exception):
 def make_functional(gm: GraphModule) -> int:
     """Replace in-place ops; returns how many. Raises Mutation where that would change the result."""
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    aliases = _by_storage(gm)
     changed = 0
     for node in list(gm.graph.nodes):
         if not _mutates(node):
             continue
         target = _functional(node)
-        _check_aliases(node, order)
-        node.target = target
+        _check_aliases(node, aliases, order)
+        _replace(gm, node, target)
         changed += 1
     return changed
 
@@ -68,23 +55,50 @@ def _functional(node: Node) -> Any:
     return found
 
 
-def _check_aliases(node: Node, order: dict[Node, int]) -> None:
+def _replace(gm: GraphModule, node: Node, target: Any) -> None:
+    """The functional op; an in-place op also keeps the written tensor's dtype."""
+    wanted, promoted = node.meta["val"], None
+    with wanted.fake_mode, torch.no_grad():
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        promoted = target(*args, **kwargs)
+    node.target = target
+    if promoted.dtype == wanted.dtype:
+        return
+    with gm.graph.inserting_after(node):
+        cast = gm.graph.call_function(aten.to.dtype, (node, wanted.dtype))
+    cast.meta = dict(node.meta)
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    node.meta["val"] = promoted
+
+
+def _by_storage(gm: GraphModule) -> dict[int, list[Node]]:
+    """Nodes that share memory, whatever op made them so."""
+    found: dict[int, list[Node]] = {}
+    for node in gm.graph.nodes:
+        # Dropout that is off returns its input, but the fake kernel makes a new tensor.
+        seen = node.args[0] if node.target is aten.dropout.default else node
+        for value in _tensors(seen):
+            found.setdefault(_storage(value), []).append(node)
+    return found
+
+
+def _tensors(node: Node) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    return [v for v in leaves if isinstance(v, Tensor)]
+
+
+def _storage(value: Tensor) -> int:
+    return StorageWeakRef(value.untyped_storage()).cdata
+
+
+def _check_aliases(node: Node, aliases: dict[int, list[Node]], order: dict[Node, int]) -> None:
     written = node.args[0]
-    base = written
-    while isinstance(base, Node) and _is_alias(base):
-        base = base.args[0]
-    if not isinstance(base, Node) or base.op != "call_function":
-        raise Mutation(f"{node.target} writes to an input of the model", node)
-    pending, seen = [base], {base}
-    while pending:
-        alias = pending.pop()
+    assert isinstance(written, Node)
+    for alias in aliases[_storage(written.meta["val"])]:
+        if alias.op == "placeholder":
+            raise Mutation(f"{node.target} writes to an input of the model", node)
+        if order.get(alias, order[node]) >= order[node]:
+            continue
         for user in alias.users:
-            if user is not node and order[user] > order[node]:
+            if user is not node and order.get(user, 0) > order[node]:
                 raise Mutation(f"{node.target} writes to a tensor that is read again", node)
-            if _is_alias(user) and user not in seen:
-                seen.add(user)
-                pending.append(user)
-
-
-def _is_alias(node: Node) -> bool:
-    return node.target in ALIASING or getattr(node.target, "__name__", "") == "getitem"

@@ -184,9 +184,11 @@ class OneExpert(RowPuller):
                 return source, (self.branches.token_dim(), *layout[rank:])
             if self.branches.top_k > 1:
                 raise NotOneExpert("row t * K + k is not the row of token t", node)
-        if node.target not in WIDENING or self.branches.top_k == 1:
+        if node.target not in WIDENING:
             return None
         narrow: Any = node.args[0]
+        if self.branches.top_k == 1:  # nothing is repeated
+            return (narrow, layout) if shape_of(narrow) == shape_of(node) else None
         own = narrowed(node, layout, shape_of(narrow))
         return (narrow, own) if own and tags(own) == TOKEN else None
 

@@ -119,7 +119,8 @@ def _combine(routed: Node, tokens: int, top_k: int) -> tuple[Node, Node] | NoMat
         [s for s in shape_of(weights) if s != 1] != [s for s in (tokens, top_k) if s != 1]
     ):
         return miss(f"router weights of shape {shape_of(weights)}, expected {[tokens, top_k]}", user)
-    if user.target in PRODUCTS and top_k > 1 and not _summed_over_slots(user, top_k):
+    summed = _summed_over_slots(user, top_k) or _contracts_slots(user, node, tokens, top_k)
+    if top_k > 1 and not summed:
         return miss("weighted branches are not summed over the slots of a token", user)
     return user, weights
 
@@ -137,6 +138,17 @@ def _summed_over_slots(product: Node, top_k: int) -> bool:
             return False
         node = user
     return False
+
+
+def _contracts_slots(contraction: Node, branches: Node, tokens: int, top_k: int) -> bool:
+    """Row t of a contraction comes from all branches of token t, [T, K, D] -> [T, D]."""
+    space = RowSpace(1, tokens)
+    layout = row_layout(shape_of(contraction), space)
+    sizes = [n.meta["val"].numel() for n in (contraction, branches)]
+    if contraction.target not in CONTRACTIONS or layout is None or sizes[0] * top_k != sizes[1]:
+        return False
+    dry = dry_pull([RowRoot(contraction, layout)], set(contraction.all_input_nodes), space)
+    return dry is not None and bool(tags(dry.requested.get(branches, ((),))[0]))
 
 
 def _pair_attention(

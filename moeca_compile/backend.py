@@ -12,14 +12,16 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from .capture import Phase, RootRegistry, wrap_fragment
+from .capture import Phase, RootCall, RootRegistry, RootState, wrap_fragment
 from .capture.banks import find_banks
+from .capture.roots import entry_codes
 from .debug.dump import Dumper
 from .errors import UnsupportedError
 from .graph.retrace import Untraceable
@@ -29,11 +31,29 @@ from .passes.count_flops import count_costs
 from .pipeline import Analysis, analyse
 from .runtime.entry import CompiledEntry
 from .runtime.inputs import find_roles
-from .runtime.registry import REGISTRY
+from .runtime.registry import REGISTRY, Settings
 from .torch_compat import inductor_fallback, traced_frame
 
 log = logging.getLogger(__name__)
 ROOTS = RootRegistry()
+_TOLD: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one backend call is to compile for. config: Inductor's; settings: as the user gave them.
+
+    The model is held weakly: compiled code outlives models and must keep none alive.
+    """
+
+    options: Options
+    config: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
+    owner: weakref.ref[nn.Module] | None = None
+
+    @property
+    def root(self) -> nn.Module | None:
+        return self.owner() if self.owner is not None else None
 
 
 def moeca(
@@ -49,10 +69,15 @@ def moeca(
     Raises OptionsError for bad options and, with `strict=True`, UnsupportedError where the graph
     cannot be cached.
     """
-    parsed = Options.parse(options)
-    config = torch._inductor.list_mode_options(mode) if mode else {}
-    compiled = _compile(gm, example_inputs, parsed, config)
-    return wrap_fragment(compiled, ROOTS)
+    given = {"mode": mode, "options": options}
+    call = ROOTS.current_call()
+    request = Request(
+        Options.parse(options),
+        torch._inductor.list_mode_options(mode) if mode else {},
+        {name: value for name, value in given.items() if value},
+        weakref.ref(call.root) if call is not None else None,
+    )
+    return wrap_fragment(_compile(gm, example_inputs, request, call), ROOTS)
 
 
 moeca._moeca_backend = True  # type: ignore[attr-defined]  capture acts for this backend only
@@ -61,35 +86,34 @@ moeca._moeca_backend = True  # type: ignore[attr-defined]  capture acts for this
 def _reset() -> None:
     REGISTRY.clear()
     ROOTS.forget()
+    _TOLD.clear()
 
 
 moeca.reset = _reset  # type: ignore[attr-defined]  called by torch._dynamo.reset()
 
 
 def _compile(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, config: dict[str, Any]
+    gm: GraphModule, inputs: Sequence[Any], request: Request, call: RootCall | None
 ) -> Callable[..., Any]:
-    call = ROOTS.current_call()
-    root = call.root if call is not None else None
-    if root is not None and _undecided(root):
-        return Fragment(gm, root, config)
+    if call is not None and _undecided(call):
+        return Fragment(gm, request)
     reason = _unsupported(inputs)
-    if reason:
-        return _plain(gm, inputs, options, config, reason)
-    if any(isinstance(v, (int, torch.SymInt)) for v in inputs):
-        return PerShape(gm, inputs, options, config, root)
-    try:
-        return _entry(gm, inputs, options, config, root)
-    except Untraceable as error:
-        return _plain(gm, inputs, options, config, str(error))
+    if not reason and any(isinstance(v, (int, torch.SymInt)) for v in inputs):
+        return PerShape(gm, inputs, request)
+    found = reason or _entry(gm, inputs, request)
+    if isinstance(found, str):
+        _report_plain(found, request)
+        return inductor_fallback(gm, list(inputs), request.config)
+    return found
 
 
-def _undecided(root: nn.Module) -> bool:
+def _undecided(call: RootCall) -> bool:
     """Whether this is a piece of a model whose dispatch is still to be captured."""
-    frame, state = traced_frame(), ROOTS.find(root)
+    frame, state, root = traced_frame(), ROOTS.find(call.root), call.root
+    piece = frame is not None and (frame.breaks or frame.code not in entry_codes(call))
     deciding = state is None or state.phase in (Phase.NEW, Phase.INSTALLED)
     possible = not torch.is_grad_enabled() and not root.training and bool(find_banks(root))
-    return frame is not None and deciding and possible and (frame.breaks or state is not None)
+    return piece and deciding and possible
 
 
 class Fragment:
@@ -98,55 +122,106 @@ class Fragment:
     If the capture fails the piece stays in use, and Inductor compiles it at its next call.
     """
 
-    def __init__(self, gm: GraphModule, root: nn.Module, config: dict[str, Any]):
+    def __init__(self, gm: GraphModule, request: Request):
         self._gm = gm
-        self._root = weakref.ref(root)
-        self._config = config
+        self._request = request
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if self._compiled is None:
-            root = self._root()
-            state = ROOTS.find(root) if root is not None else None
-            if state is None or state.phase is not Phase.REFUSED:
+            state = _refused(self._request.root)
+            if state is None:
                 return self._gm.forward(*args)
-            self._compiled = torch.compile(self._gm, backend="inductor", options=self._config)
+            _report_plain("", self._request)
+            self._compiled = _inductor_later(self._gm, self._request)
         return self._compiled(*args)
 
 
-def _entry(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, config: dict[str, Any], root: Any
-) -> Callable[..., Any]:
-    """A cached entry, or plain Inductor where no pass found anything to do."""
+class PerShape:
+    """A graph that Dynamo made dynamic: one static entry for every set of sizes it meets."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], request: Request):
+        self._gm = gm
+        self._request = request
+        self._sizes = [i for i, v in enumerate(inputs) if isinstance(v, (int, torch.SymInt))]
+        self._entries: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._uncached: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        key = tuple(args[i] for i in self._sizes)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = self._make(args)
+        return entry(*args)
+
+    def _make(self, args: Sequence[Any]) -> Callable[..., Any]:
+        found = _entry(self._gm, args, self._request)
+        if not isinstance(found, str):
+            return found
+        _report_plain(found, self._request)
+        if self._uncached is None:
+            self._uncached = _inductor_later(self._gm, self._request)
+        return self._uncached
+
+
+def _inductor_later(gm: GraphModule, request: Request) -> Callable[..., Any]:
+    """Plain Inductor for a graph whose own backend call is over."""
+    return torch.compile(gm, backend="inductor", options=request.config or None)
+
+
+def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> CompiledEntry | str:
+    """A cached entry, or why no pass found anything to do."""
+    options, root = request.options, request.root
     dumper = Dumper.below(options.resolved_dump_dir, "graph")
-    analysis = analyse(gm, inputs, options, dumper)
+    try:
+        analysis = analyse(gm, inputs, options, dumper)
+    except Untraceable as error:
+        return str(error)
     if not analysis.regions.moe and not analysis.normalized:
-        return _plain(gm, inputs, options, config, _why_no_layer(analysis))
+        return _why_no_layer(analysis)
     roles = find_roles(analysis.aten, options.timestep)
     _check_timestep(roles.timestep, roles.names, analysis, options)
-    variants = Variants(analysis, options, config, dumper)
+    variants = Variants(analysis, options, request.config, dumper)
     costs = count_costs(analysis.aten, analysis.plan, options)
     entry = CompiledEntry(variants, options, roles, costs, root)
     for miss in analysis.missed:
         log.info("%s %s not cached: %s", miss.kind, miss.name, miss.reason)
-    REGISTRY.add(root, entry)
+    REGISTRY.add(root, entry, request.settings)
     return entry
 
 
-def _plain(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    config: dict[str, Any],
-    reason: str,
-) -> Callable[..., Any]:
-    """Plain Inductor on Dynamo's own graph."""
-    frame = traced_frame()
-    fragment = frame is not None and frame.breaks
-    if options.strict and not fragment:
+def _report_plain(reason: str, request: Request) -> None:
+    """Say once per model and reason that plain Inductor runs; with `strict=True` raise.
+
+    A piece of a model that was captured elsewhere, or whose end is still to come, is none of the
+    user's business.
+    """
+    frame, root = traced_frame(), request.root
+    refused = _refused(root)
+    if refused is not None:
+        reason = _why_refused(refused)
+    elif (frame is not None and frame.breaks) or (root is not None and REGISTRY.holds(root)):
+        log.debug("plain Inductor: %s", reason)
+        return
+    if request.options.strict:
         raise UnsupportedError(f"strict=True: this graph cannot be cached: {reason}")
-    log.log(logging.DEBUG if fragment else logging.WARNING, "plain Inductor: %s", reason)
-    return inductor_fallback(gm, list(inputs), config)
+    told = _TOLD.setdefault(root, set()) if root is not None else set()
+    if reason not in told:
+        log.warning("plain Inductor: %s", reason)
+        told.add(reason)
+
+
+def _refused(root: nn.Module | None) -> RootState | None:
+    """The state of a model whose dispatch could not be captured; None while or if it could."""
+    state = ROOTS.find(root) if root is not None else None
+    return state if state is not None and state.phase is Phase.REFUSED else None
+
+
+def _why_refused(state: RootState) -> str:
+    for module in state.report.modules if state.report is not None else ():
+        if not module.accepted:
+            return f"{module.path}: {module.reason} ({module.location})"
+    return state.reason
 
 
 def _unsupported(inputs: Sequence[Any]) -> str:
@@ -181,36 +256,3 @@ def _check_timestep(
     if options.strict:
         raise UnsupportedError(f"strict=True: {message}")
     log.warning(message)
-
-
-class PerShape:
-    """A graph that Dynamo made dynamic: one static entry for every set of sizes it meets."""
-
-    def __init__(
-        self,
-        gm: GraphModule,
-        inputs: Sequence[Any],
-        options: Options,
-        config: dict[str, Any],
-        root: Any,
-    ):
-        self._make = lambda args: _entry_or_eager(gm, args, options, config, root)
-        self._sizes = [i for i, v in enumerate(inputs) if isinstance(v, (int, torch.SymInt))]
-        self._entries: dict[tuple[int, ...], Callable[..., Any]] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        key = tuple(args[i] for i in self._sizes)
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = self._entries[key] = self._make(args)
-        return entry(*args)
-
-
-def _entry_or_eager(
-    gm: GraphModule, args: Sequence[Any], options: Options, config: dict[str, Any], root: Any
-) -> Callable[..., Any]:
-    try:
-        return _entry(gm, args, options, config, root)
-    except Untraceable as error:
-        log.warning("not cached: %s", error)
-        return gm.forward

@@ -23,9 +23,11 @@ from .passes.base import Pass, PassReport
 from .passes.cache_plan import CachePlan, plan_cache
 from .passes.match_regions import match_regions
 from .passes.normalize_experts import NormalizeExperts
+from .passes.normalize_gathered import NormalizeGathered
+from .passes.normalize_grouped import NormalizeGrouped
 from .passes.verify import verify
 
-PASSES: tuple[Pass, ...] = (NormalizeExperts(),)
+PASSES: tuple[Pass, ...] = (NormalizeExperts(), NormalizeGathered(), NormalizeGrouped())
 
 
 @dataclass(frozen=True)

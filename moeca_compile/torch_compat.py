@@ -9,6 +9,7 @@ file to read and `tests/capture/test_torch_compat.py` one file to run.
     on_call_end(call, f)      -> bool         run f when that call has left compiled code
     reset_code(code)          -> None         forget compiled variants and skip marks
     traced_frame()            -> TracedFrame  what the running backend call is compiling
+    backend_settings(compiled) -> dict        what the user passed on to the backend
 """
 
 from __future__ import annotations
@@ -192,3 +193,33 @@ def compiled_root(compiled: Any) -> torch.nn.Module | None:
         names = ("__self__", "_torchdynamo_orig_callable", "__wrapped__")
         pending.extend(getattr(current, name, None) for name in names)
     return None
+
+
+def backend_settings(compiled: Any) -> dict[str, Any] | None:
+    """What `torch.compile` hands its backend beside the graph, e.g. {"options": {"interval": 6}}.
+
+    compiled: what it returned, or a module after `module.compile()`; None for anything else.
+    Dynamo shares compiled code between calls of `torch.compile` where these are equal.
+    Tested on torch 2.13.
+    """
+    context = getattr(compiled, "dynamo_ctx", None)
+    inner = getattr(compiled, "_compiled_call_impl", None)
+    pending = [getattr(context, "callback", None)]
+    pending += [_captured(function, "callback") for function in (compiled, inner)]
+    seen = set[int]()
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        kwargs = getattr(current, "kwargs", None)
+        if isinstance(kwargs, dict) and hasattr(current, "compiler_fn"):
+            return kwargs
+        pending.append(getattr(current, "_torchdynamo_orig_backend", None))
+    return None
+
+
+def _captured(function: Any, name: str) -> Any:
+    """The variable `name` that `function` closes over, or None."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[names.index(name)].cell_contents if name in names else None

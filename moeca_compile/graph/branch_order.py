@@ -130,12 +130,13 @@ class BranchOrder(RowPuller):
             routed = self._leaves.value("routed", node, [])
             return self.traced(node, lambda: routed.reshape(shape_of(node)))
         source, index = row_index(node) or (node, node)
-        role = self._sorting.probe.role(index)
-        if role == "branch":
+        role, branches = self._sorting.probe.role(index), self._sorting.branches
+        length = shape_of(source)[0]
+        if role == "branch" and length == branches.count:
             return self._whole(source)
-        if role != "sorted_token":
+        if role != "sorted_token" or length != branches.tokens:
             raise NotOneExpert("rows taken by an index that is not the sorted order", node)
-        value, times = self._whole(source), self._sorting.branches.top_k
+        value, times = self._whole(source), branches.top_k
         return self.traced(node, lambda: value.repeat_interleave(times, 0))
 
     def _whole(self, node: Node) -> Any:

@@ -107,14 +107,8 @@ def fold_branches(
     experts = num_experts_of(stacked)
     if any(s.shape[0] != experts for s in stacked):
         raise NotOneExpert("parameters of different numbers of experts", root)
-    with fake_mode, torch.no_grad():
-        ids = branches.ids.meta["val"].reshape(branches.tokens, branches.top_k)
-        fakes = [r.meta["val"].reshape(branches.tokens, -1) for r in rows]
-        everyone = [(n.meta["val"],) * experts for n in shared]
-        try:
-            value = routed_experts(body, ids, fakes, [*stacked, *everyone])
-        except Stop as stop:
-            raise NotOneExpert(stop.reason, root) from None
+    everyone = [(n.meta["val"],) * experts for n in shared]
+    value = _dry_routed(root, branches, body, rows, [*stacked, *everyone])
     return Lifted(
         root,
         branches,
@@ -211,6 +205,19 @@ def _dry(
         puller = make_puller(leaves)
         puller.root(node, layout)
     return leaves, layout, puller
+
+
+def _dry_routed(
+    root: Node, branches: Branches, body: GraphModule, rows: tuple[Node, ...], params: list[Any]
+) -> Tensor:
+    """The fake value [T, K, D] of the node to be, which proves that the body can be evaluated."""
+    with root.meta["val"].fake_mode, torch.no_grad():
+        ids = branches.ids.meta["val"].reshape(branches.tokens, branches.top_k)
+        fakes = [r.meta["val"].reshape(branches.tokens, -1) for r in rows]
+        try:
+            return routed_experts(body, ids, fakes, params)
+        except Stop as stop:
+            raise NotOneExpert(stop.reason, root) from None
 
 
 def _stack_parameters(

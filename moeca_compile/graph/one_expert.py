@@ -178,9 +178,10 @@ class OneExpert(RowPuller):
         if (found := row_index(node)) is not None:
             source, index = found
             rank = len(shape_of(index))
-            if tags(layout[rank:]) or shape_of(source)[0] != self.branches.tokens:
+            if tags(layout[rank:]):
                 return None
-            if self.probe.role(index) == "token":
+            per_token = shape_of(source)[0] == self.branches.tokens
+            if per_token and self.probe.role(index) == "token":
                 return source, (self.branches.token_dim(), *layout[rank:])
             if self.branches.top_k > 1:
                 raise NotOneExpert("row t * K + k is not the row of token t", node)

@@ -29,6 +29,7 @@ from ..graph.one_expert import Leaves, OneExpert
 from ..graph.region import NoMatch, module_path
 from ..graph.routing_ids import IdsProbe, branches_of, row_index
 from ..graph.row_rules import shape_of
+from ..graph.rule_base import argument
 from .base import PassReport
 from .normalize_gathered import below, parametric_nodes
 
@@ -75,13 +76,11 @@ def match_grouped(gm: GraphModule, product: Node) -> GroupedMatch | NoMatch:
     """The experts whose last product is `product`; the graph is not changed."""
     try:
         sorting = find_sorting(product)
-        gathers = {
-            n: found[0]
-            for n in gm.graph.nodes
-            if (found := row_index(n)) and sorting.probe.role(found[1]) == "sorted_ids"
-        }
-        parametric = parametric_nodes(gm, gathers)  # type: ignore[arg-type]
-        sources = [n for n in gm.graph.nodes if _is_source(n, sorting)]
+        indexed = {n: found for n in gm.graph.nodes if (found := row_index(n)) is not None}
+        role = sorting.probe.role
+        gathers = {n: bank for n, (bank, i) in indexed.items() if role(i) == "sorted_ids"}
+        parametric = parametric_nodes(gm, gathers)
+        sources = [n for n, (_, i) in indexed.items() if role(i) in ("branch", "sorted_token")]
         inside = below(gm, [*parametric, *sources], sorting.branches)
 
         def make_puller(leaves: Leaves) -> OneExpert:
@@ -96,17 +95,18 @@ def match_grouped(gm: GraphModule, product: Node) -> GroupedMatch | NoMatch:
 
 def find_sorting(product: Node) -> Sorting:
     """The sort behind a grouped product, verified. Raises NotOneExpert."""
-    rows, weight, offsets = (*product.args, None, None)[:3]
-    offsets = product.kwargs.get("offs", offsets)
+    args: Any = product.args
+    rows, weight, offsets = args[0], args[1], argument(product, 2, "offs")
     if len(shape_of(rows)) != 2 or len(shape_of(weight)) != 3 or not isinstance(offsets, Node):
         raise NotOneExpert("a grouped product of other than [R, I] rows and [E, I, O]", product)
     experts, count = shape_of(weight)[0], shape_of(rows)[0]
-    above = ancestors([rows])  # type: ignore[list-item]
+    above = ancestors([rows])
     sorts = [n for n in above if n.target in SORTS and shape_of(n.args[0]) == [count]]
     position = {n: i for i, n in enumerate(product.graph.nodes)}
     reason, at = "no sort of T * K routing ids leads to its rows", product
     for sort in sorted(sorts, key=lambda n: -position[n]):
-        branches = branches_of(sort.args[0])  # type: ignore[arg-type]
+        (key,) = sort.all_input_nodes
+        branches = branches_of(key)
         order = _permutation(sort)
         if not isinstance(branches, Branches) or order is None:
             continue
@@ -125,11 +125,6 @@ def _permutation(sort: Node) -> Node | None:
         return sort
     parts = [n for n in sort.users if getattr(n.target, "__name__", "") == "getitem"]
     return next((n for n in parts if n.args[1] == 1), None)
-
-
-def _is_source(node: Node, sorting: Sorting) -> bool:
-    found = row_index(node)
-    return found is not None and sorting.probe.role(found[1]) in ("branch", "sorted_token")
 
 
 class SortedExpert(OneExpert):
@@ -153,28 +148,29 @@ class SortedExpert(OneExpert):
         if (found := row_index(node)) is None:
             raise NotOneExpert("not a row of the sorted branches", node)
         source, index = found
-        role, front = self.probe.role(index), layout[:1]
-        if tags(front) != self.branches.tags or len(shape_of(index)) != 1:
+        role, length = self.probe.role(index), shape_of(source)[0]
+        if tags(layout[:1]) != self.branches.tags or len(shape_of(index)) != 1:
             return self.by_rule(node, layout)
-        if role == "branch":
+        if role == "branch" and length == self.branches.count:
             return self._unsorted.pull(source, layout)
-        if role == "sorted_token":
+        if role == "sorted_token" and length == self.branches.tokens:
             return self.token_rows(source, (self.branches.token_dim(), *layout[1:]), layout)
         raise NotOneExpert("rows taken by an index that is not the sorted order", node)
 
     def grouped_product(self, node: Node, layout: Layout) -> Any:
         """_grouped_mm(rows, W [E, I, O], offsets) -> linear or matmul with one expert's matrix."""
         self.products.add(node)
-        rows_node, weight = node.args[:2]
-        offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
-        if len(node.args) > 3 or node.kwargs.get("bias") is not None:
+        args: Any = node.args
+        rows_node, weight = args[:2]
+        offsets = argument(node, 2, "offs")
+        if argument(node, 3, "bias") is not None:
             raise NotOneExpert("a grouped product with a bias", node)
         if not isinstance(offsets, Node) or self.probe.role(offsets) != "ends":
             raise NotOneExpert("its offsets are not the cumulative counts of the sorted ids", node)
-        rows = self.matrix(rows_node, (*layout[:1], *free_layout(shape_of(rows_node)[1:])))  # type: ignore[arg-type]
-        bank = _transposed_bank(weight)  # type: ignore[arg-type]
+        rows = self.matrix(rows_node, (*layout[:1], *free_layout(shape_of(rows_node)[1:])))
+        bank = _transposed_bank(weight)
         stored = bank or weight
-        w = self.leaves.value("param", stored, shape_of(stored)[1:])  # type: ignore[arg-type]
+        w = self.leaves.value("param", stored, shape_of(stored)[1:])
         out = self.traced(node, lambda: (aten.linear if bank else aten.matmul)(rows, w))
         dtype = node.meta["val"].dtype
         return out if out.dtype == dtype else self.traced(node, lambda: out.to(dtype))
@@ -186,13 +182,13 @@ class SortedExpert(OneExpert):
 
 def _transposed_bank(weight: Node) -> Node | None:
     """[E, O, I] if the weight is a transpose of it."""
+    args: Any = weight.args
     if weight.target is aten.mT.default:
-        return weight.args[0]  # type: ignore[return-value]
+        return args[0]
     if weight.target is aten.transpose.int:
-        dims = {d % 3 for d in weight.args[1:]}  # type: ignore[operator]
-        return weight.args[0] if dims == {1, 2} else None  # type: ignore[return-value]
-    if weight.target is aten.permute.default and [d % 3 for d in weight.args[1]] == [0, 2, 1]:  # type: ignore[union-attr,operator]
-        return weight.args[0]  # type: ignore[return-value]
+        return args[0] if {d % 3 for d in args[1:]} == {1, 2} else None
+    if weight.target is aten.permute.default:
+        return args[0] if [d % 3 for d in args[1]] == [0, 2, 1] else None
     return None
 
 

@@ -1,6 +1,6 @@
 """Compiled entries by the module they were compiled for, held weakly.
 
-    register(root, entry)                when the backend made it
+    add(root, entry, settings)           when the backend made it
     entries_of(torch.compile(model))     for stats, reset, generation
 """
 
@@ -15,37 +15,63 @@ from typing import Any
 from torch import nn
 
 from ..errors import SessionError
-from ..torch_compat import compiled_root
+from ..torch_compat import backend_settings, compiled_root
 from .entry import CompiledEntry
+
+
+Settings = dict[str, Any]  # what torch.compile hands the backend: options and mode, as given
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An open generation. settings: of one compilation of the root; None: of all of them."""
+
+    settings: Settings | None
+    stack: ExitStack
+
+    def overlaps(self, settings: Settings | None) -> bool:
+        return self.settings is None or settings is None or self.settings == settings
 
 
 @dataclass
 class Registry:
-    """Entries per root; `orphans` were compiled from something that leads to no module."""
+    """Entries per root; `orphans` were compiled from something that leads to no module.
 
-    _entries: weakref.WeakKeyDictionary[nn.Module, list[CompiledEntry]] = field(
+    One module compiled with different options has separate entries for each of them, as Dynamo
+    has; with equal options Dynamo shares the code, hence entries, rows and counts are shared.
+    """
+
+    _entries: weakref.WeakKeyDictionary[nn.Module, list[tuple[Settings, CompiledEntry]]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
     orphans: list[CompiledEntry] = field(default_factory=list)
-    _open: weakref.WeakKeyDictionary[nn.Module, ExitStack] = field(
+    _open: weakref.WeakKeyDictionary[nn.Module, list[_Opened]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
 
-    def add(self, root: nn.Module | None, entry: CompiledEntry) -> None:
-        """Remember an entry of `root`."""
+    def add(self, root: nn.Module | None, entry: CompiledEntry, settings: Settings) -> None:
+        """Remember an entry of `root`, compiled with `settings`."""
         if root is None:
             self.orphans.append(entry)
-        else:
-            self._entries.setdefault(root, []).append(entry)
-            if root in self._open:
-                self._open[root].enter_context(entry.tracker.generation())
+            return
+        self._entries.setdefault(root, []).append((settings, entry))
+        for opened in self._open.get(root, []):
+            if opened.overlaps(settings):
+                opened.stack.enter_context(entry.tracker.generation())
 
     def entries_of(self, compiled: nn.Module | Callable[..., Any]) -> list[CompiledEntry]:
         """Entries made for a compiled module or function so far; empty before its first call.
 
-        Raises TypeError for something that leads to no module.
+        A module that is not itself compiled stands for all its compilations. Raises TypeError for
+        something that leads to no module.
         """
-        return self._entries.get(self._root(compiled), [])
+        root, settings = self._root(compiled), backend_settings(compiled)
+        known = self._entries.get(root, [])
+        return [entry for given, entry in known if settings is None or given == settings]
+
+    def holds(self, root: nn.Module) -> bool:
+        """Whether any entry was made for `root`."""
+        return bool(self._entries.get(root))
 
     @staticmethod
     def _root(compiled: nn.Module | Callable[..., Any]) -> nn.Module:
@@ -63,13 +89,14 @@ class Registry:
 
         Raises SessionError when one is open already, TypeError as `entries_of`.
         """
-        root = self._root(compiled)
-        if root in self._open:
+        root, settings = self._root(compiled), backend_settings(compiled)
+        opened = self._open.setdefault(root, [])
+        if any(other.overlaps(settings) for other in opened):
             raise SessionError("generation: expected no open generation of this model, found one")
         with ExitStack() as stack:
-            self._open[root] = stack
-            stack.callback(self._open.pop, root)
-            for entry in self._entries.get(root, []):
+            opened.append(_Opened(settings, stack))
+            stack.callback(opened.remove, opened[-1])
+            for entry in self.entries_of(compiled):
                 stack.enter_context(entry.tracker.generation())
             yield
 

@@ -215,6 +215,11 @@ def rows_of_another_token(x: Tensor, ids: Tensor, p: dict[str, Tensor]) -> Tenso
     return torch.bmm(p["w1"][ids.reshape(-1)], x[other].unsqueeze(-1))
 
 
+def rows_of_a_longer_table(x: Tensor, ids: Tensor, p: dict[str, Tensor]) -> Tensor:
+    rows = torch.cat([x, x])[token_of(ids)]
+    return torch.bmm(p["w1"][ids.reshape(-1)], rows.unsqueeze(-1))
+
+
 def fixed_experts(x: Tensor, ids: Tensor, p: dict[str, Tensor]) -> Tensor:
     fixed = torch.arange(ids.numel()) % EXPERT_COUNT
     return torch.bmm(p["w1"][fixed], x[token_of(ids)].unsqueeze(-1))
@@ -238,6 +243,11 @@ def mixed_branches(x: Tensor, ids: Tensor, p: dict[str, Tensor]) -> Tensor:
 
 NEAR_MISSES: dict[str, tuple[Layer, str, Any]] = {
     "rows of another token": (rows_of_another_token, "not the row of token t", aten.index.Tensor),
+    "rows of a longer table": (
+        rows_of_a_longer_table,
+        "not the row of token t",
+        aten.index.Tensor,
+    ),
     "experts not routed": (fixed_experts, "indexed by a constant", aten.index.Tensor),
     "weighted input": (weighted_input, "neither an expert's parameter nor a token's row", None),
     "several rows": (several_rows, "several rows for each branch", aten.bmm.default),

@@ -275,6 +275,10 @@ def rows_of_other_tokens(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     return x[order % TOKENS]
 
 
+def rows_of_a_longer_table(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    return torch.cat([x, x])[order // top_k]
+
+
 def bias_of_unsorted_ids(b: Tensor, ids: Tensor, order: Tensor) -> Tensor:
     return b[ids]
 
@@ -306,6 +310,10 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "offsets with a capacity": ({"ends": ends_with_capacity}, OFFSETS),
     "rows of other tokens": (
         {"rows": rows_of_other_tokens},
+        "rows taken by an index that is not the sorted order",
+    ),
+    "rows of a longer table": (
+        {"rows": rows_of_a_longer_table},
         "rows taken by an index that is not the sorted order",
     ),
     "bias of unsorted ids": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -59,9 +60,28 @@ def test_inference_tensors_are_tolerated() -> None:
     with torch.inference_mode():
         model = _model()
     assert all(p.is_inference() for p in model.parameters())
-    version = WeightVersion([*model.parameters(), torch.ones(2)])
+    params = [*model.parameters(), torch.ones(2)]
+    version = WeightVersion(params)
     assert not version.changed()
+    assert not version.changed(params)
 
 
 def test_no_parameters() -> None:
     assert not WeightVersion([]).changed()
+
+
+def test_a_storage_given_back_and_taken_again_is_seen() -> None:
+    model = _model()
+    version = WeightVersion(list(model.parameters()))
+    model.to(torch.bfloat16).to(torch.float32)  # often the same addresses, never a new version
+    assert version.changed()
+    assert not version.changed()
+
+
+def test_deleted_parameters_are_not_kept() -> None:
+    model = _model()
+    version = WeightVersion(list(model.parameters()))
+    alive = weakref.ref(next(model.parameters()))
+    del model
+    assert alive() is None
+    assert version.changed()

@@ -4,16 +4,16 @@ PYTHON ?= python3
 # Where the CPU build of torch is; another index gives a CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 CONSTRAINTS ?= constraints-cpu.txt
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto -m "not slow"
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint bench clean
+.PHONY: help setup test test-slow demo lint bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## virtual environment in .venv, package and tools installed
 
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install -q -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-test: $(STAMP) ## all tests, on CPU; PYTEST_ARGS='-k name' for some
+test: $(STAMP) ## tests, on CPU, without the slow ones; PYTEST_ARGS='-k name' for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## only the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

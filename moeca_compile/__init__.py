@@ -1,11 +1,11 @@
 """moeca_compile: `torch.compile(model, backend="moeca")` for Diffusion Transformers with experts.
 
-    compiled = torch.compile(model, backend="moeca", options={"interval": 4})
-    images = sample(compiled, ...)           # the sampling loop stays as it is
-    print(moeca_compile.stats(compiled))     # what ran, what was reused
+compiled = torch.compile(model, backend="moeca", options={"interval": 4})
+images = sample(compiled, ...)           # the sampling loop stays as it is
+print(moeca_compile.stats(compiled))     # what ran, what was reused
 """
 
-from . import ops as _ops  # the moeca:: ops must exist before anything names them
+from . import ops as _ops  # noqa: F401  the moeca:: ops must exist before anything names them
 from .api import generation, reset, stats
 from .capture import prepare
 from .debug.explain import explain

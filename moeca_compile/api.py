@@ -23,7 +23,7 @@ def stats(compiled: Compiled) -> Stats:
 
 
 def reset(compiled: Compiled) -> None:
-    """Forget all cached rows, lanes and counts; what is compiled stays. Raises TypeError as stats."""
+    """Forget all cached rows, lanes and counts; compiled code stays. Raises TypeError as stats."""
     for entry in REGISTRY.entries_of(compiled):
         entry.reset()
 

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from .capture import Phase, RootCall, RootRegistry, RootState, wrap_fragment
 from .capture.banks import find_banks
+from .capture.recapture import Recapture
 from .capture.roots import entry_codes
 from .debug.dump import Dumper
 from .errors import UnsupportedError
@@ -30,12 +31,18 @@ from .options import Options
 from .passes.count_flops import count_costs
 from .pipeline import Analysis, analyse
 from .runtime.entry import CompiledEntry
-from .runtime.inputs import find_roles
+from .runtime.inputs import USUAL_NAMES, argument_name, find_roles
 from .runtime.registry import REGISTRY, Settings
-from .torch_compat import inductor_fallback, traced_frame
+from .torch_compat import guard_identity, inductor_fallback, placeholder_source, traced_frame
 
 log = logging.getLogger(__name__)
 ROOTS = RootRegistry()
+RECAPTURE = Recapture(ROOTS, calls_of=REGISTRY.calls_of, on_lift=REGISTRY.release)
+GRADIENTS = "gradients are on: call the model under torch.no_grad() or torch.inference_mode()"
+NO_LAYER = "no mixture-of-experts layer in this graph"
+MAX_SHAPES = 16  # each has kernels and rows of its own; a number in no tensor's shape would go on
+TOO_MANY = f"called with more than {MAX_SHAPES} sets of sizes"
+READS = ("item", torch.ops.aten.item.default)
 _TOLD: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -77,7 +84,12 @@ def moeca(
         {name: value for name, value in given.items() if value},
         weakref.ref(call.root) if call is not None else None,
     )
-    return wrap_fragment(_compile(gm, example_inputs, request, call), ROOTS)
+
+    def compile_now() -> Callable[..., Any]:
+        return _compile(gm, example_inputs, request, call)
+
+    compiled = compile_now() if call is None else RECAPTURE.wrap(gm, call, compile_now)
+    return wrap_fragment(compiled, ROOTS)
 
 
 moeca._moeca_backend = True  # type: ignore[attr-defined]  capture acts for this backend only
@@ -97,14 +109,27 @@ def _compile(
 ) -> Callable[..., Any]:
     if call is not None and _undecided(call):
         return Fragment(gm, request)
-    reason = _unsupported(inputs)
-    if not reason and any(isinstance(v, (int, torch.SymInt)) for v in inputs):
+    reason = _unsupported(inputs) or _changing_number(gm, inputs, request.options)
+    dynamic = any(isinstance(v, (int, torch.SymInt)) for v in inputs)
+    if dynamic and not reason and _refused(request.root) is None:
+        _serve_only(request.root)
         return PerShape(gm, inputs, request)
-    found = reason or _entry(gm, inputs, request)
+    found = reason or (NO_LAYER if dynamic else _entry(gm, inputs, request))
     if isinstance(found, str):
         _report_plain(found, request)
         return inductor_fallback(gm, list(inputs), request.config)
+    _serve_only(request.root)
     return found
+
+
+def _serve_only(root: nn.Module | None) -> None:
+    """An entry holds rows and counts of one model: another one of its class gets its own.
+
+    Where the model is no local variable of the frame (a compiled function that closes over it)
+    they share an entry, and every change between them is one of the weights: a refresh.
+    """
+    if root is not None:
+        guard_identity(root)
 
 
 def _undecided(call: RootCall) -> bool:
@@ -119,7 +144,8 @@ def _undecided(call: RootCall) -> bool:
 class Fragment:
     """A piece of a model that is about to be captured whole: run as it is, once.
 
-    If the capture fails the piece stays in use, and Inductor compiles it at its next call.
+    If the capture fails, or the piece turns out to lie beside the captured graph, it stays in use
+    and Inductor compiles it at its next call.
     """
 
     def __init__(self, gm: GraphModule, request: Request):
@@ -129,16 +155,19 @@ class Fragment:
 
     def __call__(self, *args: Any) -> Any:
         if self._compiled is None:
-            state = _refused(self._request.root)
-            if state is None:
+            root = self._request.root
+            if _refused(root) is None and not RECAPTURE.runs_beside(root):
                 return self._gm.forward(*args)
-            _report_plain("", self._request)
+            _report_plain(NO_LAYER, self._request)
             self._compiled = _inductor_later(self._gm, self._request)
         return self._compiled(*args)
 
 
 class PerShape:
-    """A graph that Dynamo made dynamic: one static entry for every set of sizes it meets."""
+    """A graph that Dynamo made dynamic: one static entry for every set of sizes it meets.
+
+    A graph without anything to cache, and sizes past MAX_SHAPES, run as plain Inductor.
+    """
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], request: Request):
         self._gm = gm
@@ -149,19 +178,20 @@ class PerShape:
 
     def __call__(self, *args: Any) -> Any:
         key = tuple(args[i] for i in self._sizes)
-        entry = self._entries.get(key)
+        entry = self._entries.get(key) or self._uncached
         if entry is None:
-            entry = self._entries[key] = self._make(args)
+            entry = self._make(key, args)
         return entry(*args)
 
-    def _make(self, args: Sequence[Any]) -> Callable[..., Any]:
-        found = _entry(self._gm, args, self._request)
-        if not isinstance(found, str):
-            return found
-        _report_plain(found, self._request)
-        if self._uncached is None:
+    def _make(self, key: tuple[int, ...], args: Sequence[Any]) -> Callable[..., Any]:
+        full = len(self._entries) >= MAX_SHAPES
+        found = TOO_MANY if full else _entry(self._gm, args, self._request)
+        if isinstance(found, str):
+            _report_plain(found, self._request)
             self._uncached = _inductor_later(self._gm, self._request)
-        return self._uncached
+            return self._uncached
+        self._entries[key] = found
+        return found
 
 
 def _inductor_later(gm: GraphModule, request: Request) -> Callable[..., Any]:
@@ -196,11 +226,13 @@ def _report_plain(reason: str, request: Request) -> None:
     A piece of a model that was captured elsewhere, or whose end is still to come, is none of the
     user's business.
     """
-    frame, root = traced_frame(), request.root
+    root = request.root
     refused = _refused(root)
+    if reason == NO_LAYER and root is not None and find_banks(root):
+        reason = _wrong_mode(root) or reason  # the dispatch is captured in neither
     if refused is not None:
         reason = _why_refused(refused)
-    elif (frame is not None and frame.breaks) or (root is not None and REGISTRY.holds(root)):
+    elif reason == NO_LAYER and _has_more(root):
         log.debug("plain Inductor: %s", reason)
         return
     if request.options.strict:
@@ -209,6 +241,19 @@ def _report_plain(reason: str, request: Request) -> None:
     if reason not in told:
         log.warning("plain Inductor: %s", reason)
         told.add(reason)
+
+
+def _wrong_mode(root: nn.Module) -> str:
+    """Why the dispatch of a model with expert banks is not replaced in this call."""
+    if root.training:
+        return "the model is in training mode: call model.eval()"
+    return GRADIENTS if torch.is_grad_enabled() else ""
+
+
+def _has_more(root: nn.Module | None) -> bool:
+    """Whether the graph at hand is a piece, and a cached layer is in or may be in another one."""
+    frame = traced_frame()
+    return (frame is not None and frame.breaks) or (root is not None and REGISTRY.holds(root))
 
 
 def _refused(root: nn.Module | None) -> RootState | None:
@@ -227,7 +272,7 @@ def _why_refused(state: RootState) -> str:
 def _unsupported(inputs: Sequence[Any]) -> str:
     """Why this graph runs as plain Inductor whatever is in it; empty if nothing stands against."""
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs):
-        return "gradients are on: call the model under torch.no_grad() or torch.inference_mode()"
+        return GRADIENTS
     if any(isinstance(v, Tensor) and 0 in v.shape for v in inputs):
         return "an empty input"
     devices = {v.device.type for v in inputs if isinstance(v, Tensor)} - {"cpu", "cuda"}
@@ -236,11 +281,28 @@ def _unsupported(inputs: Sequence[Any]) -> str:
     return ""
 
 
+def _changing_number(gm: GraphModule, inputs: Sequence[Any], options: Options) -> str:
+    """Why no step can be cached if a Python number changes from call to call; empty if none does.
+
+    Dynamo passes a number it has seen change as a graph input: an int as it is, a float as a
+    tensor without dimensions that the graph reads. An entry for every timestep is no use.
+    """
+    holes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for hole, value in zip(holes, inputs):
+        source = placeholder_source(hole)
+        name, is_size = argument_name(source), ".size()" in source or ".stride()" in source
+        number = isinstance(value, (int, torch.SymInt)) and not is_size
+        named = number and name in (*USUAL_NAMES, options.timestep)
+        if named or any(user.target in READS for user in hole.users):
+            return f"argument {name!r} is a Python number that changes: pass a tensor"
+    return ""
+
+
 def _why_no_layer(analysis: Analysis) -> str:
     missed = [m for m in analysis.missed if m.kind == "moe"]
     if missed:
         return f"{missed[0].name}: {missed[0].reason}"
-    return "no mixture-of-experts layer in this graph"
+    return NO_LAYER
 
 
 def _check_timestep(

@@ -26,7 +26,7 @@ from .lowering import guards
 
 @torch.library.custom_op("moeca::expert_rows", mutates_args=())
 def expert_rows(rows: Tensor, expert: int) -> Tensor:
-    """Mark `rows [T, ...]` as what expert number `expert` is called on; the values are unchanged."""
+    """Mark `rows [T, ...]` as what expert number `expert` is called on; values are unchanged."""
     return rows.clone()
 
 
@@ -39,7 +39,7 @@ def _(rows: Tensor, expert: int) -> Tensor:
 def select_experts(ids: Tensor, outs: list[Tensor]) -> Tensor:
     """Pick, for every (token, slot), the row of the expert the router chose.
 
-    ids: [T, K] integers in [0, E); outs: E tensors [T, D]. Returns [T, K, D] in the dtype of `outs`.
+    ids: [T, K] integers in [0, E); outs: E tensors [T, D]. Returns [T, K, D] in the dtype of outs.
     """
     stacked = torch.stack(outs, 1)  # [T, E, D]
     return stacked.gather(1, ids.long().unsqueeze(-1).expand(-1, -1, stacked.shape[-1]))
@@ -124,9 +124,7 @@ def expert_thresholds(
 
 
 @expert_thresholds.register_fake
-def _(
-    spatial: Tensor, ids: Tensor, tau: float, alpha: float, beta: float
-) -> tuple[Tensor, Tensor]:
+def _(spatial: Tensor, ids: Tensor, tau: float, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(spatial), spatial.new_empty(spatial.shape[0])
 
 

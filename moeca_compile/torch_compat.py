@@ -9,11 +9,14 @@ file to read and `tests/capture/test_torch_compat.py` one file to run.
     on_call_end(call, f)      -> bool         run f when that call has left compiled code
     reset_code(code)          -> None         forget compiled variants and skip marks
     traced_frame()            -> TracedFrame  what the running backend call is compiling
+    guard_identity(module)    -> bool         compiled code will serve no other module
     backend_settings(compiled) -> dict        what the user passed on to the backend
+    compile_apart(f, backend) -> callable     torch.compile, its recompiles counted apart
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,6 +142,35 @@ def traced_frame() -> TracedFrame | None:
     return TracedFrame(code, bool(why.graph_break), reason, graph)
 
 
+def compile_apart(module: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` whose entries do not count against the recompile limit of the same code.
+
+    Isolated entries exist since torch 2.13; older versions count them. Tested on torch 2.13.
+    """
+    apart = {"isolate_recompiles": True}
+    known = apart.keys() <= inspect.signature(torch.compile).parameters.keys()
+    return torch.compile(module, backend=backend, **(apart if known else {}))  # type: ignore[call-overload]
+
+
+def guard_identity(module: torch.nn.Module) -> bool:
+    """Let the code being compiled serve no other object than `module`; False if the frame has none.
+
+    To be called inside a backend call. Dynamo guards modules by what their forward reads, so two
+    models of one class would share compiled code. Tested on torch 2.13.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import LocalSource
+
+    try:
+        values = InstructionTranslator.current_tx().f_locals
+    except AttributeError:
+        return False
+    names = [name for name, value in values.items() if value is module]
+    if names:
+        install_guard(LocalSource(names[0], is_input=True).make_guard(GuardBuilder.ID_MATCH))
+    return bool(names)
+
+
 def placeholder_source(node: Node) -> str:
     """Where Dynamo got a graph input from, e.g. `L['timestep']`, or "". Tested on torch 2.13."""
     source = getattr(node, "_dynamo_source", None)
@@ -196,7 +228,7 @@ def compiled_root(compiled: Any) -> torch.nn.Module | None:
 
 
 def backend_settings(compiled: Any) -> dict[str, Any] | None:
-    """What `torch.compile` hands its backend beside the graph, e.g. {"options": {"interval": 6}}.
+    """What `torch.compile` hands this package's backend beside the graph: {"options": {..}}.
 
     compiled: what it returned, or a module after `module.compile()`; None for anything else.
     Dynamo shares compiled code between calls of `torch.compile` where these are equal.
@@ -214,7 +246,8 @@ def backend_settings(compiled: Any) -> dict[str, Any] | None:
         seen.add(id(current))
         kwargs = getattr(current, "kwargs", None)
         if isinstance(kwargs, dict) and hasattr(current, "compiler_fn"):
-            return kwargs
+            ours = getattr(current.compiler_fn, "_moeca_backend", False)
+            return kwargs if ours else None
         pending.append(getattr(current, "_torchdynamo_orig_backend", None))
     return None
 

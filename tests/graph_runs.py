@@ -1,7 +1,9 @@
 """The real backend with Inductor left out: variants run as the lowered graphs, in seconds.
 
-    with graph_level(monkeypatch): compiled = compile_model(model, interval=4)
-    step = watched_call(entry_of(compiled), compiled, x, t, y)   # output + what was computed
+use_graph_level(monkeypatch)
+compiled = compile_model(model, (x, t, y), interval=4)
+step = watched_call(compiled, x, t, y)    # output, kind of step, branches and tokens computed
+entry = only_entry(compiled)              # its store, variants and plan
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class WatchedStep:
     kind: str
     pairs: list[set[tuple[int, int]]]
     attended: list[set[int]]
+    shared: list[set[int]]
 
 
 @torch.no_grad()
@@ -62,17 +65,28 @@ def watched_call(compiled: Callable[..., Any], *args: Any) -> WatchedStep:
         for k in ("refresh", "reuse", "plain")
         if getattr(now, f"{k}_steps") > getattr(counts, f"{k}_steps")
     )
-    pairs, attended = [], []
+    pairs, attended, shared = [], [], []
     for layer in entry.variants.analysis.plan.layers if before else ():
         slots = layer.region.top_k
         out = layer.name("slot_out")
         moved = (after[out] != before[out]).any(-1)[: layer.branches].reshape(-1, slots)
         ids = after[layer.name("slot_ids")]
         pairs.append({(int(t), int(ids[t, j])) for t, j in moved.nonzero()})
-        name = layer.attention[0].root.name
-        rows = (after[name] != before[name]).any(-1)[: layer.tokens]
-        attended.append({int(t) for (t,) in rows.nonzero()})
-    return WatchedStep(output, kind, pairs, attended)
+        written = [_moved(before, after, [a.root.name], layer.tokens) for a in layer.attention]
+        attended.append(set().union(*written))
+        shared.append(_moved(before, after, [c.name for c in layer.shared], layer.tokens))
+    return WatchedStep(output, kind, pairs, attended, shared)
+
+
+def _moved(
+    before: dict[str, Tensor], after: dict[str, Tensor], names: list[str], tokens: int
+) -> set[int]:
+    """Tokens whose row changed in any of the caches."""
+    return {
+        int(t)
+        for name in names
+        for (t,) in (after[name] != before[name]).any(-1)[:tokens].nonzero()
+    }
 
 
 def _rows(entry: CompiledEntry) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def wrap_fragment(compiled: Callable[..., Any], registry: RootRegistry) -> Calla
     whole = entered and not breaks
     if state.phase is Phase.WAITING:
         state.graphs_after += 1
-        if _acts_now(call, state) and (whole or (entered and _holds_all_dispatches(frame, root))):
+        if acts_now(call, state) and (whole or (entered and holds_all_dispatches(frame, root))):
             state.phase = Phase.CAPTURED
             state.reason = f"the rest of the model is split: {breaks}" if breaks else ""
             return compiled
@@ -68,10 +68,15 @@ def wrap_fragment(compiled: Callable[..., Any], registry: RootRegistry) -> Calla
     return FragmentTrigger(registry, root).wrap(compiled)
 
 
-def _holds_all_dispatches(frame: TracedFrame | None, root: nn.Module) -> bool:
+def holds_all_dispatches(frame: TracedFrame | None, root: nn.Module) -> bool:
     """Whether one graph has every captured dispatch, so that a break elsewhere does no harm."""
+    return count_dispatches(frame) >= count_installed(root) > 0
+
+
+def count_dispatches(frame: TracedFrame | None) -> int:
+    """How many captured dispatches the graph being compiled holds."""
     nodes = frame.graph.nodes if frame is not None else ()
-    return sum("moeca.select_experts" in str(n.target) for n in nodes) >= count_installed(root) > 0
+    return sum("moeca.select_experts" in str(n.target) for n in nodes)
 
 
 class FragmentTrigger:
@@ -99,7 +104,7 @@ class FragmentTrigger:
         if state is None or state.phase in (Phase.CAPTURED, Phase.REFUSED):
             return True
         call = self._registry.current_call()
-        if call is None or call.root is not root or not _acts_now(call, state):
+        if call is None or call.root is not root or not acts_now(call, state):
             return False
         if state.phase is Phase.NEW:
             _analyse(call, state, self._registry)
@@ -108,7 +113,7 @@ class FragmentTrigger:
         return False
 
 
-def _acts_now(call: RootCall, state: RootState) -> bool:
+def acts_now(call: RootCall, state: RootState) -> bool:
     """Whether replacements act in the call at hand: no gradients, not in training mode.
 
     The first fragment to ask decides for the whole call: a later one may sit inside a `no_grad`

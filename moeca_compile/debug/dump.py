@@ -23,7 +23,7 @@ class Dumper:
 
     @classmethod
     def below(cls, root: Path | None, name: str) -> Dumper:
-        """A dumper with a fresh numbered folder below `root`. Raises OSError if it cannot be made."""
+        """A dumper with a new numbered folder below `root`. Raises OSError if it cannot be made."""
         if root is None:
             return cls(None)
         root.mkdir(parents=True, exist_ok=True)

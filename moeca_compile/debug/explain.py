@@ -1,9 +1,9 @@
 """What the compiler makes of a model, without compiling it: regions, near misses, cache bytes.
 
-    print(moeca_compile.explain(model, x, t, y))
-    kind       module         matched    what or why not                 where
-    moe        blocks.0.moe   yes        8 experts, top-2, 1 shared
-    attention  blocks.0.attn  yes        K and V cached
+print(moeca_compile.explain(model, x, t, y))
+kind       module         matched    what or why not                 where
+moe        blocks.0.moe   yes        8 experts, top-2, 1 shared
+attention  blocks.0.attn  yes        K and V cached
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..graph.region import NoMatch, Regions, source_line
 from ..graph.retrace import Untraceable
 from ..options import Options
 from ..pipeline import Analysis, analyse
-from ..torch_compat import compiled_root
+from ..torch_compat import backend_settings, compile_apart, compiled_root
 from .dump import Dumper
 
 
@@ -46,7 +46,7 @@ class ExplainedRegion:
 
 @dataclass(frozen=True)
 class Explanation:
-    """cache_bytes: per lane, for these inputs. graph_breaks: graphs Dynamo would make, minus one."""
+    """cache_bytes: per lane, for these inputs. graph_breaks: graphs Dynamo makes, minus one."""
 
     regions: tuple[ExplainedRegion, ...]
     graph_breaks: int
@@ -67,7 +67,9 @@ class Explanation:
 
 
 def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Analyse `model` on example inputs, with default options; the model is left as it was.
+    """Analyse `model` on example inputs; the model is left as it was.
+
+    With the options `model` was compiled with; with default options for a plain module.
 
     Runs the model once or twice without compiling kernels. Raises TypeError for something that
     leads to no module; what the model itself raises comes through.
@@ -75,14 +77,16 @@ def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
     root = compiled_root(model)
     if root is None:
         raise TypeError(f"explain: expected a module, got {type(model).__name__}")
+    settings = backend_settings(model) or {}
+    options = Options.parse(settings.get("options"))
     installed_before = is_installed(root)
     capture = None
     if not installed_before:
         capture = install(root, args, kwargs, is_active=compiling_for_moeca)
     try:
-        analyser = _Analyser()
+        analyser = _Analyser(options)
         with torch.no_grad():
-            torch.compile(root, backend=analyser)(*args, **kwargs)
+            compile_apart(root, analyser)(*args, **kwargs)
     finally:
         if not installed_before:
             uninstall(root)
@@ -94,15 +98,16 @@ class _Analyser:
 
     _moeca_backend = True
 
-    def __init__(self) -> None:
+    def __init__(self, options: Options) -> None:
         self.graphs = 0
+        self._options = options
         self.analyses: list[Analysis] = []
         self.notes: list[str] = []
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
         try:
-            self.analyses.append(analyse(gm, inputs, Options(), Dumper(None)))
+            self.analyses.append(analyse(gm, inputs, self._options, Dumper(None)))
         except Untraceable as error:
             self.notes.append(f"graph {self.graphs}: not analysed: {error}")
         return gm.forward

@@ -21,5 +21,7 @@ def region_table(regions: Regions, plan: CachePlan) -> str:
         place = source_line(miss.node) or miss.node.name
         rows.append((miss.kind, miss.name, "no", miss.reason, place))
     headers = ("kind", "module", "matched", "what or why not", "node")
-    table = tabulate(rows, headers=headers, tablefmt="simple", maxcolwidths=[None, 40, None, 60, 60])
+    table = tabulate(
+        rows, headers=headers, tablefmt="simple", maxcolwidths=[None, 40, None, 60, 60]
+    )
     return f"{table}\n\ncache: {plan.layout.nbytes:,} bytes per lane\n"

@@ -1,7 +1,7 @@
 """Attention regions by structure: a core (SDPA, or softmax between two products) and its root.
 
-    manual:  softmax(scale * q @ k^T) @ v           core = the second product
-    root:    the projection behind the core, up to the first op that mixes in another value
+manual:  softmax(scale * q @ k^T) @ v           core = the second product
+root:    the projection behind the core, up to the first op that mixes in another value
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch.fx import GraphModule, Node
 from .dry_run import DryRun, dry_pull
 from .layout import Layout, RowSpace, free, row_layout, tags
 from .region import AttentionRegion, NoMatch, RowRoot, module_path
-from .row_rules import VIEWS, Stop, rule_for, pointwise, shape_of, view_back
+from .row_rules import VIEWS, Stop, pointwise, rule_for, shape_of, view_back
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
-PROJECTIONS = {aten.linear.default, *PRODUCTS}
+PROJECTIONS = {aten.linear.default, aten.addmm.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 # What may follow the core inside the region: a projection and changes of shape or dtype.
 BEHIND = VIEWS | {
@@ -89,18 +89,25 @@ def _region(core: Node, key: Node, value: Node) -> AttentionRegion | NoMatch:
 
 
 def _first_input(core: Node, dry: DryRun) -> RowRoot | None:
-    """What the first projection on the way to the queries reads; None if the core was not passed."""
-    if core not in dry.pulled:
-        return None
-    for node in core.graph.nodes:
-        if node in dry.pulled and node.target in PROJECTIONS:
-            source = node.args[0]
-            return RowRoot(source, dry.requested[source]) if source in dry.requested else None
-    return None
+    """What the projection nearest above the queries reads; None if the core was not passed."""
+    pending, seen = [core.args[0]], {core}
+    while pending and core in dry.pulled:
+        node = pending.pop(0)
+        if not isinstance(node, Node) or node in seen or node not in dry.pulled:
+            continue
+        seen.add(node)
+        if node.target in PROJECTIONS:
+            source = node.args[1 if node.target is aten.addmm.default else 0]
+            if source in dry.requested:
+                return RowRoot(source, dry.requested[source])  # type: ignore[index]
+        pending += node.all_input_nodes
+    query = core.args[0]  # no projection of the kinds known: the queries themselves
+    found = core in dry.pulled and query in dry.requested
+    return RowRoot(query, dry.requested[query]) if found else None  # type: ignore[arg-type,index]
 
 
 def _token_rows(core: Node, root: Node) -> tuple[Node, RowSpace | None]:
-    """The last node on the way from core to root that has token rows in front, and its row space."""
+    """The last node from core to root that has token rows in front, and its row space."""
     tokens = shape_of(core)[-2]
     while True:
         shape = shape_of(root)

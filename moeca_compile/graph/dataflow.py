@@ -32,7 +32,9 @@ def is_heavy(node: Node) -> bool:
     return node.target in HEAVY
 
 
-def ancestors(seeds: Iterable[Node], *, stop: set[Node] | frozenset[Node] = frozenset()) -> set[Node]:
+def ancestors(
+    seeds: Iterable[Node], *, stop: set[Node] | frozenset[Node] = frozenset()
+) -> set[Node]:
     """Seeds and all they depend on; `stop` nodes are included, their inputs are not followed.
 
     A seed that is itself a stop node is followed.

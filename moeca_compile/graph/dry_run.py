@@ -19,7 +19,10 @@ DRY_ROWS = 3
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a request met. pulled: nodes evaluated on rows; stops: node -> reason; requested: layouts."""
+    """What a request met.
+
+    pulled: nodes evaluated on rows; stops: node -> reason; requested: node -> layout of its rows.
+    """
 
     pulled: frozenset[Node]
     stops: dict[Node, str]

@@ -1,7 +1,7 @@
 """Demand-driven evaluation of a graph with some nodes replaced.
 
-    Evaluator(inputs, replace={root: build}).value(node)    # build() instead of the node's own op
-    evaluator.view(changed={attn: stale}, below)            # the same graph on another value of attn
+Evaluator(inputs, replace={root: build}).value(node)    # build() instead of the node's own op
+evaluator.view(changed={attn: stale}, below)            # the same graph on another value of attn
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.traceback import set_current_meta
-
 
 
 class Evaluator:
@@ -70,5 +69,3 @@ def run_node(gm: GraphModule, node: Node, value: Callable[[Any], Any]) -> Any:
     kwargs = torch.fx.map_arg(node.kwargs, value)
     with set_current_meta(node):
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ..torch_compat import leaves, map_leaves
 from .layout import Factor, Layout, RowSpace, Selection, free_layout, tags
 from .pull import RowPuller
 from .row_rules import Stop
@@ -72,7 +73,7 @@ class ExpertRows(RowPuller):
 
     def run(self) -> Any:
         """The body's output rows [R, D] (fake or traced under the caller's mode)."""
-        (result,) = self.body.graph.output_node().args[0]  # type: ignore[misc]
+        (result,) = cast(Sequence[Node], self.body.graph.output_node().args[0])
         shape = result.meta["val"].shape
         layout = ((Factor(int(shape[0]), "n"),), *free_layout(shape[1:]))
         return self.pull(result, layout)
@@ -112,12 +113,10 @@ class ExpertRows(RowPuller):
         )
 
     def call(self, node: Node, args: Any, kwargs: Any) -> Any:
-        if node.target in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default):
-            if isinstance(args[1], PerExpert):
-                weight = PerExpert(tuple(t.transpose(-1, -2) for t in args[1].tensors))
-                return torch.ops.moeca.grouped_linear(
-                    args[0], self.groups.ends, list(weight.tensors), []
-                )
+        products = (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default)
+        if node.target in products and isinstance(args[1], PerExpert):
+            weight = [t.transpose(-1, -2) for t in args[1].tensors]
+            return torch.ops.moeca.grouped_linear(args[0], self.groups.ends, weight, [])
         if _has_per_expert((args, kwargs)):
             raise Stop(f"{node.target} of a per-expert parameter and rows")
         return super().call(node, args, kwargs)
@@ -135,7 +134,7 @@ class ExpertRows(RowPuller):
 
 
 def _has_per_expert(tree: Any) -> bool:
-    return any(isinstance(v, PerExpert) for v in torch.utils._pytree.tree_leaves(tree))
+    return any(isinstance(v, PerExpert) for v in leaves(tree)[0])
 
 
 def _same_form(w: PerExpert, b: PerExpert | None) -> tuple[PerExpert, PerExpert | None]:
@@ -146,13 +145,13 @@ def _same_form(w: PerExpert, b: PerExpert | None) -> tuple[PerExpert, PerExpert 
 
 
 def _map_experts(target: Any, args: Any, kwargs: Any) -> Any:
-    leaves = [v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, PerExpert)]
-    if not leaves:
+    found = [v for v in leaves((args, kwargs))[0] if isinstance(v, PerExpert)]
+    if not found:
         return target(*args, **kwargs)
     results = []
-    for values in zip(*(leaf.each() for leaf in leaves), strict=True):
+    for values in zip(*(leaf.each() for leaf in found), strict=True):
         it = iter(values)
-        one_args, one_kwargs = torch.utils._pytree.tree_map(
+        one_args, one_kwargs = map_leaves(
             lambda v, it=it: next(it) if isinstance(v, PerExpert) else v, (args, kwargs)
         )
         results.append(target(*one_args, **one_kwargs))
@@ -188,7 +187,8 @@ def num_experts_of(params: Sequence[Any]) -> int:
 def per_expert(entry: Any) -> PerExpert:
     """A params entry: E tensors, or one stacked tensor [E, ...]; a bank of one is stacked."""
     if isinstance(entry, (tuple, list)):
-        return PerExpert(tuple(entry) if len(entry) > 1 else (entry[0].unsqueeze(0),))
+        tensors = list(entry)
+        return PerExpert(tuple(tensors) if len(tensors) > 1 else (tensors[0].unsqueeze(0),))
     return PerExpert((entry,))
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..torch_compat import leaves
+
 aten = torch.ops.aten
 
 
@@ -27,7 +29,7 @@ class Mutation(Exception):
 
 
 def make_functional(gm: GraphModule) -> int:
-    """Replace in-place ops; returns how many. Raises Mutation where that would change the result."""
+    """Replace in-place ops; returns how many. Raises Mutation where that changes the result."""
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     aliases = _by_storage(gm)
     changed = 0
@@ -83,8 +85,7 @@ def _by_storage(gm: GraphModule) -> dict[int, list[Node]]:
 
 
 def _tensors(node: Node) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
-    return [v for v in leaves if isinstance(v, Tensor)]
+    return [v for v in leaves(node.meta.get("val"))[0] if isinstance(v, Tensor)]
 
 
 def _storage(value: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Typed results of matching: regions that can be cached by row, and near misses with a reason.
 
-    MoERegion        routed_experts node, router ids / weights [T, K], combine, shared experts
-    AttentionRegion  root [B, N, D] down to the attention core, with row-cached K and V
+MoERegion        routed_experts node, router ids / weights [T, K], combine, shared experts
+AttentionRegion  root [B, N, D] down to the attention core, with row-cached K and V
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def module_path(node: Node) -> str:
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"^L\['(?:self|fn)'\]\.?|^self\.?", "", path)
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
-    path = re.sub(r"\._modules\.|\[(\d+)\]", lambda m: f".{m.group(1)}" if m.group(1) else ".", path)
+    path = re.sub(
+        r"\._modules\.|\[(\d+)\]", lambda m: f".{m.group(1)}" if m.group(1) else ".", path
+    )
     return path or "(root)"
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
+from ..torch_compat import map_leaves
 from .branches import Branches
 from .dataflow import ancestors
 from .row_rules import pointwise, rule_for, shape_of
@@ -175,7 +175,7 @@ def _evaluate(node: Node, memo: dict[Node, Any]) -> Any:
             memo[node] = None
             return None
         args = torch.fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
-        args, kwargs = pytree.tree_map(_on_cpu, args)
+        args, kwargs = map_leaves(_on_cpu, args)
         try:
             memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         except RuntimeError:

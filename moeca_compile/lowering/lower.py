@@ -1,15 +1,15 @@
 """Variants traced and lowered: `moeca::` cache and guard nodes become ops that Inductor fuses.
 
-    moeca.cache_read(c, T)          ->  c[:T]                      a view
-    moeca.cache_write(c, idx, rows) ->  c.index_copy_(0, idx, rows)   O(len(idx)), in place
-    moeca.cache_fill(c, rows)       ->  c.copy_(rows)
-    moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined
+moeca.cache_read(c, T)          ->  c[:T]                      a view
+moeca.cache_write(c, idx, rows) ->  c.index_copy_(0, idx, rows)   O(len(idx)), in place
+moeca.cache_fill(c, rows)       ->  c.copy_(rows)
+moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class _Lower(Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return LOWERINGS.get(target, target)(*args, **kwargs)
+        op = cast(Callable[..., Any], LOWERINGS.get(target, target))
+        return op(*args, **kwargs)
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor], fake_mode: Any) -> GraphModule:

@@ -1,6 +1,6 @@
 """One compiled callable per variant of a step, made when it is first needed.
 
-    Variants(analysis).get("reuse")(*model inputs, *caches, *counts) -> outputs, counters
+Variants(analysis).get("reuse")(*model inputs, *caches, *counts) -> outputs, counters
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ class Variants:
             counts = args[len(holes) + len(specs) :]
             extra = VariantInputs(caches, *counts)
             inputs = dict(zip(holes, args, strict=False))
-            outputs, counters = variant_outputs(
-                aten.gm, plan, self.options, variant, inputs, extra
-            )
+            outputs, counters = variant_outputs(aten.gm, plan, self.options, variant, inputs, extra)
             return (*outputs, counters) if counters is not None else tuple(outputs)
 
         started = time.perf_counter()

@@ -1,10 +1,10 @@
 """Which tensors a set of regions keeps between steps: names, shapes, bytes, before allocation.
 
-    MoE layer "blocks.0.moe", T tokens, K slots, D wide:
-        slot_ids [T, K]  slot_weight [T, K]  slot_norm [T * K + 1]  slot_out [T * K + 1, D]
-        spatial [E, N]   attn0, key_value0.. [T + 1, W]  shared0 [T + 1, D]
-        token_in0 [T + 1, Din]  slot_drift [T, K]        only where the drift is scored
-    The row behind the last takes the writes of padding rows.
+MoE layer "blocks.0.moe", T tokens, K slots, D wide:
+    slot_ids [T, K]  slot_weight [T, K]  slot_norm [T * K + 1]  slot_out [T * K + 1, D]
+    spatial [E, N]   attn0, key_value0.. [T + 1, W]  shared0 [T + 1, D]
+    token_in0 [T + 1, Din]  slot_drift [T, K]        only where the drift is scored
+The row behind the last takes the writes of padding rows.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ ROW_KINDS = ("branch", "norm", "attention", "key_value", "shared", "input")
 def plan_cache(regions: Regions, options: Options) -> CachePlan:
     """Plan the caches of all MoE layers."""
     layers = tuple(_plan_layer(r, i, options) for i, r in enumerate(regions.moe))
-    return CachePlan(layers, CacheLayout(s for layer in layers for s in _specs(layer)), regions.needed)
+    return CachePlan(
+        layers, CacheLayout(s for layer in layers for s in _specs(layer)), regions.needed
+    )
 
 
 def _plan_layer(region: MoERegion, number: int, options: Options) -> LayerPlan:

@@ -1,11 +1,12 @@
 """What one step and one row of each region costs, from the graph alone (fake tensors, no work).
 
-    layer_costs(gm, plan) -> ([LayerCost per MoE layer], fixed FLOPs outside the layers' rows)
+layer_costs(gm, plan) -> ([LayerCost per MoE layer], fixed FLOPs outside the layers' rows)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _row_flops(roots: list[RowRoot], plan: CachePlan, layer: LayerPlan) -> float
 def _branch_flops(aten: AtenGraph, layer: LayerPlan) -> float:
     region, rows = layer.region, 7
     body, _, _, params = region.routed.args
-    values = torch.fx.map_arg(params, lambda n: n.meta["val"])
+    values = cast(Sequence[Any], torch.fx.map_arg(params, lambda n: n.meta["val"]))
     with aten.fake_mode, torch.no_grad(), _counter() as counter:
         inputs = [_some_rows(r.meta["val"], layer.tokens, rows) for r in region.rows]
         groups = SortedRows(

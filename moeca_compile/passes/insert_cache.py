@@ -23,8 +23,8 @@ from torch.fx.traceback import set_current_meta
 from ..graph.evaluate import Evaluator
 from ..graph.experts import sort_branches
 from ..options import Options
-from .cache_plan import CachePlan, LayerPlan
 from .attention_first import AttentionFirst
+from .cache_plan import CachePlan, LayerPlan
 from .reuse_layer import ReuseInputs, ReuseLayer
 from .router_first import RouterFirst
 from .run_experts import run_experts

@@ -11,7 +11,7 @@ the expert input; attention belongs to a MoE layer if only elementwise work lies
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -30,6 +30,7 @@ from ..graph.region import (
     module_path,
 )
 from ..graph.row_rules import VIEWS, shape_of
+from ..torch_compat import leaves
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype, aten.type_as.default, aten._to_copy.default, aten.clone.default}
@@ -100,7 +101,9 @@ def _combine(routed: Node, tokens: int, top_k: int) -> tuple[Node, Node] | NoMat
     node = routed
     while True:
         if len(node.users) != 1:
-            return miss("the branch outputs are used in several places before they are weighted", node)
+            return miss(
+                "the branch outputs are used in several places before they are weighted", node
+            )
         (user,) = node.users
         if user.target in THROUGH:
             node = user
@@ -108,17 +111,19 @@ def _combine(routed: Node, tokens: int, top_k: int) -> tuple[Node, Node] | NoMat
         break
     if user.target not in PRODUCTS | CONTRACTIONS:
         return miss(f"expected branch outputs times router weights, found {user.target}", user)
-    operands = [a for a in torch.utils._pytree.tree_leaves(user.args) if isinstance(a, Node)]
+    operands = [a for a in leaves(user.args)[0] if isinstance(a, Node)]
     other = [a for a in operands if a is not node]
     if len(other) != 1:
         return miss("branch outputs are not multiplied by one tensor of router weights", user)
     weights = other[0]
     while weights.target in THROUGH and sorted(shape_of(weights)) != sorted((tokens, top_k)):
-        weights = weights.args[0]  # type: ignore[assignment]
+        weights = cast(Node, weights.args[0])
     if shape_of(weights) not in ([tokens, top_k], [tokens * top_k]) and (
         [s for s in shape_of(weights) if s != 1] != [s for s in (tokens, top_k) if s != 1]
     ):
-        return miss(f"router weights of shape {shape_of(weights)}, expected {[tokens, top_k]}", user)
+        return miss(
+            f"router weights of shape {shape_of(weights)}, expected {[tokens, top_k]}", user
+        )
     summed = _summed_over_slots(user, top_k) or _contracts_slots(user, node, tokens, top_k)
     if top_k > 1 and not summed:
         return miss("weighted branches are not summed over the slots of a token", user)
@@ -194,7 +199,11 @@ def _unpairable(
             return "the expert input has no token rows in front"
         outside = needed - descendants(root, stop=cuts)
         dry = dry_pull([RowRoot(rows, layout)], outside | cuts, draft.space)
-        if dry is None or root in dry.stops or dry.requested.get(root) not in (None, region.root.layout):
+        if (
+            dry is None
+            or root in dry.stops
+            or dry.requested.get(root) not in (None, region.root.layout)
+        ):
             return "the order of the token rows changes between attention and routing"
     dry = pull_attention(region, needed)
     if dry is None or region.core not in dry.pulled:

@@ -9,8 +9,9 @@ same graph with other parameters, they become one body and the dense work disapp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -56,7 +57,7 @@ class NormalizeExperts:
 
 def lift_experts(gm: GraphModule, select: Node, number: int) -> None:
     """Rewrite one select node. Raises NotIsomorphic or Stop, the graph then unchanged."""
-    ids, outs = select.args[0], list(select.args[1])  # type: ignore[arg-type]
+    ids, outs = cast(Node, select.args[0]), list(cast(Sequence[Node], select.args[1]))
     columns = _align_experts(outs)
     body, rows, params = _build_body(outs[0], columns, len(outs))
     with select.meta["val"].fake_mode, torch.no_grad():

@@ -191,7 +191,7 @@ class ReuseLayer(ABC):
         self._update_slots(rows, picked, torch.where(valid, token, self.layer.tokens))
 
     def _update_slots(self, rows: list[Tensor], picked: list[Tensor], index: Tensor) -> None:
-        """Ids, weights, drift and inputs of every token with a computed branch, written together."""
+        """Ids, weights, drift and inputs of all tokens with a computed branch, written together."""
         moved = self.computed.any(1, keepdim=True)
         slot_ids, slot_weight = self.cache("slot_ids"), self.cache("slot_weight")
         moeca.cache_fill(slot_weight, torch.where(moved, self.share, slot_weight))

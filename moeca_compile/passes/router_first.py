@@ -1,7 +1,7 @@
 """The paper's order: the router sees cached attention, then the chosen tokens are attended.
 
-    stale stream -> ids, w, guard -> tokens S -> K, V, attention rows of S -> stream with them
-    -> expert inputs -> selected branches, shared rows of S -> combine with the weights above
+stale stream -> ids, w, guard -> tokens S -> K, V, attention rows of S -> stream with them
+-> expert inputs -> selected branches, shared rows of S -> combine with the weights above
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class RouterFirst(ReuseLayer):
     def _experts(self) -> None:
         with set_current_meta(self.region.routed):
             self.evaluator.value(self.region.weights)  # routes, if nothing has asked for it yet
-            rows = [self.evaluator.value(r).reshape(self.layer.tokens, -1) for r in self.region.rows]
+            rows = [
+                self.evaluator.value(r).reshape(self.layer.tokens, -1) for r in self.region.rows
+            ]
             self.compute_branches(rows)
             self.refresh_rows(self.layer.shared, self.rows)
             self.count(self.rows, self.rows)

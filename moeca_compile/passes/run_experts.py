@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -10,9 +13,11 @@ from ..graph.experts import ExpertRows, SortedRows, per_expert
 from ..graph.region import MoERegion
 
 
-def run_experts(evaluator: Evaluator, region: MoERegion, rows: list[Tensor], groups: SortedRows) -> Tensor:
+def run_experts(
+    evaluator: Evaluator, region: MoERegion, rows: list[Tensor], groups: SortedRows
+) -> Tensor:
     """Expert outputs of rows sorted by expert: [R, D]."""
     body, _, _, params = region.routed.args
     body = getattr(evaluator.gm, str(body.target))  # type: ignore[union-attr]
-    values = torch.fx.map_arg(params, evaluator.value)
+    values = cast(Sequence[Any], torch.fx.map_arg(params, evaluator.value))
     return ExpertRows(body, rows, [per_expert(p) for p in values], groups).run()

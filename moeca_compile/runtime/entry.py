@@ -12,11 +12,13 @@ import logging
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from ..lowering.variants import Variants
 from ..options import Options
 from ..passes.reuse_layer import MIN_ROWS
@@ -27,6 +29,7 @@ from .session import SessionTracker, StepInfo
 from .stats import LayerCost, Stats
 from .store import CacheStore
 from .telemetry import Counters
+from .turns import ELSEWHERE, Turns
 from .weights import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -54,13 +57,18 @@ class CompiledEntry:
         self.tracker = SessionTracker(on_evict=self._evict)
         self.controller = Controller(options)
         self.ages = LaneAges()
+        self.turns = Turns()  # the registry makes entries of one compiled model share theirs
         self.counters = Counters(costs[0], costs[1])
         self._names = tuple(s.name for s in plan.layout.specs)
         self._scratch = plan.scratch
         self._rows: dict[tuple[int, str], list[Tensor]] = {}
         self._counts = self._budget_counts() if options.budget is not None else []
         self._weights: WeightVersion | None = None
-        self._root = weakref.ref(root) if root is not None else None
+        self._turn: int | None = None
+        self.calls = 0
+        self._told_training = False
+        # Dynamo may keep compiled code, hence this object, long after the model is gone
+        self._root = weakref.ref(root, lambda _: self.reset()) if root is not None else None
         self._cached = bool(plan.layers) and options.interval > 1
 
     @property
@@ -69,11 +77,12 @@ class CompiledEntry:
         return self.variants.analysis.plan.layout.nbytes if self._cached else 0
 
     def __call__(self, *args: Any) -> Sequence[Any]:
+        self.calls += 1
         tensors = [args[p] for p in self.positions]
-        if not self._cached or self._training():
-            decision = TRAINING if self._cached else NO_LAYERS
+        training = self._training()
+        if not self._cached or training:
             outputs = self.variants.get("plain")(*tensors)
-            self.counters.ran(decision)
+            self.counters.ran(TRAINING if training else NO_LAYERS)
             return outputs
         step = self._place(tensors)
         age = self.ages.started(step.lane)
@@ -94,10 +103,14 @@ class CompiledEntry:
     def reset(self) -> None:
         """Forget rows, lanes and counts; compiled variants stay."""
         self.tracker.reset()
+        self.counters.reset()
+        self.release()
+
+    def release(self) -> None:
+        """Free the rows of all lanes; what was counted stays."""
         self.store.reset()
         self.ages.forget()
         self._rows.clear()
-        self.counters.reset()
 
     def _place(self, tensors: list[Tensor]) -> StepInfo:
         roles = self.roles
@@ -106,11 +119,15 @@ class CompiledEntry:
             self._weights = WeightVersion(weights)
         elif self._weights.changed(weights):
             self.tracker.invalidate("weights_changed")
-        return self.tracker.observe(
+        step = self.tracker.observe(
             None if roles.timestep is None else tensors[roles.timestep],
             [tensors[i] for i in roles.conditioning],
             None if roles.sample is None else tensors[roles.sample],
         )
+        before, self._turn = self._turn, self.turns.at(step.timestep)
+        if before is not None and self._turn > before + 1 and not step.fresh:
+            return replace(step, fresh=True, reason=ELSEWHERE)
+        return step
 
     def _run(
         self, decision: Decision, step: StepInfo, tensors: list[Tensor]
@@ -151,8 +168,17 @@ class CompiledEntry:
         return [torch.tensor(allowed, dtype=torch.int64)]
 
     def _training(self) -> bool:
+        """Whether the model is in training mode. Says so once; with `strict` UnsupportedError."""
         root = self._root() if self._root is not None else None
-        return root is not None and root.training
+        if root is None or not root.training:
+            return False
+        message = "not cached: the model is in training mode; call model.eval() before sampling"
+        if self.options.strict:
+            raise UnsupportedError(f"strict=True: {message}")
+        if not self._told_training:
+            log.warning(message)
+            self._told_training = True
+        return True
 
     def _evict(self, lane: int) -> None:
         self.store.free(lane)

@@ -1,7 +1,7 @@
 """Compiled entries by the module they were compiled for, held weakly.
 
-    add(root, entry, settings)           when the backend made it
-    entries_of(torch.compile(model))     for stats, reset, generation
+add(root, entry, settings)           when the backend made it
+entries_of(torch.compile(model))     for stats, reset, generation
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import nn
 from ..errors import SessionError
 from ..torch_compat import backend_settings, compiled_root
 from .entry import CompiledEntry
-
 
 Settings = dict[str, Any]  # what torch.compile hands the backend: options and mode, as given
 
@@ -54,7 +53,11 @@ class Registry:
         if root is None:
             self.orphans.append(entry)
             return
-        self._entries.setdefault(root, []).append((settings, entry))
+        known = self._entries.setdefault(root, [])
+        for given, other in known:
+            if given == settings:
+                entry.turns = other.turns
+        known.append((settings, entry))
         for opened in self._open.get(root, []):
             if opened.overlaps(settings):
                 opened.stack.enter_context(entry.tracker.generation())
@@ -72,6 +75,15 @@ class Registry:
     def holds(self, root: nn.Module) -> bool:
         """Whether any entry was made for `root`."""
         return bool(self._entries.get(root))
+
+    def calls_of(self, root: nn.Module) -> int:
+        """How often entries of `root` have been called."""
+        return sum(entry.calls for _, entry in self._entries.get(root, []))
+
+    def release(self, root: nn.Module) -> None:
+        """Free the rows of all entries of `root`: they will not be called again, others will."""
+        for _, entry in self._entries.get(root, []):
+            entry.release()
 
     @staticmethod
     def _root(compiled: nn.Module | Callable[..., Any]) -> nn.Module:

@@ -6,13 +6,15 @@ rounding, for both scores, threshold and budget, on every idiom.
 
 from __future__ import annotations
 
+import math
+
 import pytest
-import torch
 
 from graph_runs import compile_model, use_graph_level, watched_call
 from idioms import make, trajectory
+from idioms.denoiser import Denoiser
 from moeca_compile import Options
-from reference import Reference
+from reference import Forced, Reference
 
 CASES = [
     # idiom, router, expert, top_k, shared, attention
@@ -24,22 +26,39 @@ CASES = [
     ("I8", "softmax_renorm", "swiglu", 2, 1, "rope"),
     ("I8", "topk_softmax", "mlp", 4, 0, "manual"),
 ]
-RULES = [{"budget": None}, {"budget": 0.15}, {"budget": 0.5}]
+RULES = [
+    {"score": score, "budget": budget}
+    for score in ("moeca", "input_drift")
+    for budget in (None, 0.15, 0.5)
+]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"budget-{r['budget']}")
-@pytest.mark.parametrize("score", ["moeca", "input_drift"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
-def test_reuse_equals_the_reference(
-    monkeypatch: pytest.MonkeyPatch, case: tuple, score: str, rule: dict
-) -> None:
-    use_graph_level(monkeypatch)
+def _parameters() -> list:
+    """Every case with every rule; one rule a case without the slow marker, all rules covered."""
+    out = []
+    for i, case in enumerate(CASES):
+        for j, rule in enumerate(RULES):
+            marks = () if j == i % len(RULES) else pytest.mark.slow
+            name = "-".join(map(str, (*case, *rule.values())))
+            out.append(pytest.param(case, rule, id=name, marks=marks))
+    return out
+
+
+def _model(case: tuple) -> Denoiser:
     idiom, router, expert, top_k, shared, attention = case
-    model = make(
+    return make(
         idiom, router=router, expert=expert, top_k=top_k, shared=shared, attention=attention
     )
+
+
+@pytest.mark.parametrize(("case", "rule"), _parameters())
+def test_reuse_equals_the_reference(
+    monkeypatch: pytest.MonkeyPatch, case: tuple, rule: dict
+) -> None:
+    use_graph_level(monkeypatch)
+    model = _model(case)
     calls = trajectory(model, 5, dx=0.05)
-    options = {"interval": 4, "score": score, **rule}
+    options = {"interval": 4, **rule}
     reference = Reference(model, Options(**options))
     compiled = compile_model(model, calls[0], **options)
     kinds = []
@@ -50,8 +69,34 @@ def test_reuse_equals_the_reference(
         kinds.append(step.kind)
         if not refresh:
             assert judge.disputed == [set()] * len(step.pairs)
-            attended = [{token for token, _ in pairs} for pairs in step.pairs]
-            assert step.attended == attended
+            assert step.attended == [{token for token, _ in pairs} for pairs in step.pairs]
         error = (step.output.double() - judge.output).norm() / judge.output.norm()
         assert error <= 1e-5
     assert kinds == ["refresh", "reuse", "reuse", "reuse", "refresh"]
+
+
+@pytest.mark.parametrize(
+    ("case", "budget"),
+    [(CASES[0], 0.15), pytest.param(CASES[5], 0.5, marks=pytest.mark.slow)],
+    ids=["split", "I8"],
+)
+def test_attention_first_equals_the_reference(
+    monkeypatch: pytest.MonkeyPatch, case: tuple, budget: float
+) -> None:
+    use_graph_level(monkeypatch)
+    model = _model(case)
+    calls = trajectory(model, 4, dx=0.05)
+    options = {"interval": 4, "budget": budget, "order": "attention_first"}
+    reference = Reference(model, Options(**options))
+    compiled = compile_model(model, calls[0], **options)
+    for index, call in enumerate(calls):
+        step = watched_call(compiled, *call)
+        assert step.kind == ("reuse" if index else "refresh")
+        forced = [Forced(*sets) for sets in zip(step.pairs, step.attended, step.shared)]
+        judge = reference.step(*call, refresh=index == 0, forced=forced if index else None)
+        if index:
+            assert judge.disputed == [set()] * len(step.pairs)
+            assert all(not layer.disputed_tokens for layer in judge.layers)
+            assert all(len(a) == math.ceil(budget * 16) * 2 for a in step.attended)
+        error = (step.output.double() - judge.output).norm() / judge.output.norm()
+        assert error <= 1e-5

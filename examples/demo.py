@@ -33,10 +33,10 @@ import moeca_compile
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-OPTIONS = {"interval": 4}
+OPTIONS = {"interval": 4, "budget": 0.1}
 STEPS = 50
 CFG_SCALE = 1.5
-IMAGES_PER_CLASS = 5
+IMAGES_PER_CLASS = 2
 ROUNDS = 3
 SEED = 0
 

@@ -1,4 +1,4 @@
-"""The entry point: options and mode through `torch.compile`, errors a user meets, public controls."""
+"""The entry point: options and mode through `torch.compile`, user errors, public controls."""
 
 from __future__ import annotations
 
@@ -128,7 +128,10 @@ def test_mode_and_options_exclude_each_other() -> None:
             lambda m: torch.compile(m.forward, backend=moeca, options={"interval": 3}),
             {"options": {"interval": 3}},
         ),
-        (lambda m: torch.compile(m, backend="moeca", mode="max-autotune"), {"mode": "max-autotune"}),
+        (
+            lambda m: torch.compile(m, backend="moeca", mode="max-autotune"),
+            {"mode": "max-autotune"},
+        ),
         (lambda m: torch.compile(m, backend="eager", options={"x": 1}), None),
         (lambda m: torch.compile(m), None),
         (lambda m: m, None),
@@ -177,4 +180,6 @@ def test_other_backends_see_the_model_as_it_is() -> None:
         torch.testing.assert_close(elsewhere(*CALLS[3]), model(*CALLS[3]))
     assert len(graphs) > 1, "its dispatch breaks the graph for others, as ever"
     assert not any("moeca" in str(node.target) for gm in graphs for node in gm.graph.nodes)
-    assert run(compiled, *CALLS[3]).kind == "reuse"
+    # Dynamo marked the frame as broken for every backend: the mark is lifted after two calls
+    kinds = [run(compiled, *call).kind for call in CALLS]
+    assert kinds == ["", "", "refresh", "reuse"]

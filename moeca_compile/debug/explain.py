@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
 
 from ..capture import CaptureReport, compiling_for_moeca, install, uninstall
 from ..capture.install import is_installed
+from ..capture.sandbox import copy_arguments, undisturbed
 from ..graph.region import NoMatch, Regions, source_line
 from ..graph.retrace import Untraceable
 from ..options import Options
@@ -63,7 +63,7 @@ class Explanation:
         widths = [None, 40, None, 60, 60]
         table = tabulate(rows, headers=headers, tablefmt="simple", maxcolwidths=widths)
         total = f"graph breaks {self.graph_breaks}, cache {self.cache_bytes:,} bytes per lane"
-        return "\n".join([table or "no regions", total, *self.notes])
+        return "\n".join([table if rows else "no regions", total, *self.notes])
 
 
 def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -85,8 +85,10 @@ def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
         capture = install(root, args, kwargs, is_active=compiling_for_moeca)
     try:
         analyser = _Analyser(options)
-        with torch.no_grad():
-            compile_apart(root, analyser)(*args, **kwargs)
+        if root.training:
+            analyser.notes.append("the model is in training mode: call model.eval() to sample")
+        with undisturbed(root):
+            compile_apart(root, analyser)(*copy_arguments(args), **copy_arguments(kwargs))
     finally:
         if not installed_before:
             uninstall(root)

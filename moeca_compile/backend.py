@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from .capture import Phase, RootCall, RootRegistry, RootState, wrap_fragment
@@ -30,19 +30,24 @@ from .lowering.variants import Variants
 from .options import Options
 from .passes.count_flops import count_costs
 from .pipeline import Analysis, analyse
+from .reasons import (
+    NO_LAYER,
+    changing_number,
+    unsupported,
+    why_no_layer,
+    why_refused,
+    wrong_mode,
+)
 from .runtime.entry import CompiledEntry
-from .runtime.inputs import USUAL_NAMES, argument_name, find_roles
+from .runtime.inputs import find_roles
 from .runtime.registry import REGISTRY, Settings
-from .torch_compat import guard_identity, inductor_fallback, placeholder_source, traced_frame
+from .torch_compat import guard_identity, inductor_fallback, traced_frame
 
 log = logging.getLogger(__name__)
 ROOTS = RootRegistry()
 RECAPTURE = Recapture(ROOTS, calls_of=REGISTRY.calls_of, on_lift=REGISTRY.release)
-GRADIENTS = "gradients are on: call the model under torch.no_grad() or torch.inference_mode()"
-NO_LAYER = "no mixture-of-experts layer in this graph"
 MAX_SHAPES = 16  # each has kernels and rows of its own; a number in no tensor's shape would go on
 TOO_MANY = f"called with more than {MAX_SHAPES} sets of sizes"
-READS = ("item", torch.ops.aten.item.default)
 _TOLD: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -109,7 +114,7 @@ def _compile(
 ) -> Callable[..., Any]:
     if call is not None and _undecided(call):
         return Fragment(gm, request)
-    reason = _unsupported(inputs) or _changing_number(gm, inputs, request.options)
+    reason = unsupported(inputs) or changing_number(gm, inputs, request.options)
     dynamic = any(isinstance(v, (int, torch.SymInt)) for v in inputs)
     if dynamic and not reason and _refused(request.root) is None:
         _serve_only(request.root)
@@ -208,7 +213,7 @@ def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> Compiled
     except Untraceable as error:
         return str(error)
     if not analysis.regions.moe and not analysis.normalized:
-        return _why_no_layer(analysis)
+        return why_no_layer(analysis)
     roles = find_roles(analysis.aten, options.timestep)
     _check_timestep(roles.timestep, roles.names, analysis, options)
     variants = Variants(analysis, options, request.config, dumper)
@@ -229,9 +234,9 @@ def _report_plain(reason: str, request: Request) -> None:
     root = request.root
     refused = _refused(root)
     if reason == NO_LAYER and root is not None and find_banks(root):
-        reason = _wrong_mode(root) or reason  # the dispatch is captured in neither
+        reason = wrong_mode(root) or reason  # the dispatch is captured in neither
     if refused is not None:
-        reason = _why_refused(refused)
+        reason = why_refused(refused)
     elif reason == NO_LAYER and _has_more(root):
         log.debug("plain Inductor: %s", reason)
         return
@@ -241,13 +246,6 @@ def _report_plain(reason: str, request: Request) -> None:
     if reason not in told:
         log.warning("plain Inductor: %s", reason)
         told.add(reason)
-
-
-def _wrong_mode(root: nn.Module) -> str:
-    """Why the dispatch of a model with expert banks is not replaced in this call."""
-    if root.training:
-        return "the model is in training mode: call model.eval()"
-    return GRADIENTS if torch.is_grad_enabled() else ""
 
 
 def _has_more(root: nn.Module | None) -> bool:
@@ -260,49 +258,6 @@ def _refused(root: nn.Module | None) -> RootState | None:
     """The state of a model whose dispatch could not be captured; None while or if it could."""
     state = ROOTS.find(root) if root is not None else None
     return state if state is not None and state.phase is Phase.REFUSED else None
-
-
-def _why_refused(state: RootState) -> str:
-    for module in state.report.modules if state.report is not None else ():
-        if not module.accepted:
-            return f"{module.path}: {module.reason} ({module.location})"
-    return state.reason
-
-
-def _unsupported(inputs: Sequence[Any]) -> str:
-    """Why this graph runs as plain Inductor whatever is in it; empty if nothing stands against."""
-    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs):
-        return GRADIENTS
-    if any(isinstance(v, Tensor) and 0 in v.shape for v in inputs):
-        return "an empty input"
-    devices = {v.device.type for v in inputs if isinstance(v, Tensor)} - {"cpu", "cuda"}
-    if devices:
-        return f"device {sorted(devices)[0]} is not supported"
-    return ""
-
-
-def _changing_number(gm: GraphModule, inputs: Sequence[Any], options: Options) -> str:
-    """Why no step can be cached if a Python number changes from call to call; empty if none does.
-
-    Dynamo passes a number it has seen change as a graph input: an int as it is, a float as a
-    tensor without dimensions that the graph reads. An entry for every timestep is no use.
-    """
-    holes = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for hole, value in zip(holes, inputs):
-        source = placeholder_source(hole)
-        name, is_size = argument_name(source), ".size()" in source or ".stride()" in source
-        number = isinstance(value, (int, torch.SymInt)) and not is_size
-        named = number and name in (*USUAL_NAMES, options.timestep)
-        if named or any(user.target in READS for user in hole.users):
-            return f"argument {name!r} is a Python number that changes: pass a tensor"
-    return ""
-
-
-def _why_no_layer(analysis: Analysis) -> str:
-    missed = [m for m in analysis.missed if m.kind == "moe"]
-    if missed:
-        return f"{missed[0].name}: {missed[0].reason}"
-    return NO_LAYER
 
 
 def _check_timestep(

@@ -19,7 +19,8 @@ COSTS = (
 FIXED = 100.0
 FULL = FIXED + (16 * 10 + 8 * 7 + 8 * 3) + (16 * 10 + 8 * 7)
 PLAIN, REUSE = Decision("plain", "caching_off"), Decision("reuse", "policy")
-COUNTS = torch.tensor([[3, 2, 1, 0, 2, 3], [5, 4, 2, 1, 0, 6]])
+# attention ran on 3 and 6 rows, the shared expert on 4 and 0: padding included
+COUNTS = torch.tensor([[3, 2, 1, 0, 2, 3, 4], [5, 4, 2, 1, 0, 6, 0]])
 
 
 def filled() -> Counters:
@@ -48,7 +49,7 @@ def test_flops() -> None:
     stats = filled().stats()
     assert stats.flops_full == 5 * FULL
     # Rows that ran as padding (3 for 2, 6 for 4) cost as much as the ones asked for.
-    reused = 3 * (3 * 10 + 3 * (7 + 3)) + 3 * (5 * 10 + 6 * 7)
+    reused = 3 * (3 * 10 + 3 * 7 + 4 * 3) + 3 * (5 * 10 + 6 * 7)
     assert stats.flops_computed == 3 * FULL + 2 * FIXED + reused
     assert stats.speedup_flops == stats.flops_full / stats.flops_computed > 1
 
@@ -104,7 +105,7 @@ def test_reset_starts_at_zero() -> None:
 )
 def test_counts_of_another_form_are_refused(counts: torch.Tensor) -> None:
     counters = Counters(COSTS)
-    with pytest.raises(ValueError, match=r"expected int64 \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"expected int64 \(2, 7\)"):
         counters.ran(REUSE, counts)
     assert counters.stats().steps == 0
 

@@ -41,7 +41,7 @@ from .reasons import (
 from .runtime.entry import CompiledEntry
 from .runtime.inputs import find_roles
 from .runtime.registry import REGISTRY, Settings
-from .torch_compat import guard_identity, inductor_fallback, traced_frame
+from .torch_compat import guard_identity, inductor_fallback, mode_options, traced_frame
 
 log = logging.getLogger(__name__)
 ROOTS = RootRegistry()
@@ -85,7 +85,7 @@ def moeca(
     call = ROOTS.current_call()
     request = Request(
         Options.parse(options),
-        torch._inductor.list_mode_options(mode) if mode else {},
+        mode_options(mode) if mode else {},
         {name: value for name, value in given.items() if value},
         weakref.ref(call.root) if call is not None else None,
     )

@@ -256,3 +256,8 @@ def _captured(function: Any, name: str) -> Any:
     """The variable `name` that `function` closes over, or None."""
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     return function.__closure__[names.index(name)].cell_contents if name in names else None
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor options of a `torch.compile` mode; RuntimeError if unknown. Tested on torch 2.13."""
+    return torch._inductor.list_mode_options(mode)

@@ -1,7 +1,8 @@
 """Numbered text dumps of the graph after every stage, and a table of the stages.
 
-    dump_dir/000_blocks/  00_dynamo.txt  01_aten.txt  02_normalize_experts.txt  03_match_regions.txt
-                          04_refresh.dialect.txt  05_refresh.lowered.txt  ...   summary.txt
+    dump_dir/000_graph/  00_dynamo.txt  01_aten.txt  02_normalize_experts.txt  ..
+                         05_match_regions.txt  06_refresh.dialect.txt  07_refresh.lowered.txt  ..
+                         summary.txt
 Each node is shown with dtype, shape, module path and source line. Off: no file, no work.
 """
 

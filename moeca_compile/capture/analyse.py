@@ -6,15 +6,18 @@ MoE.forward -> moe_infer -> experts   =>   try moe_infer (method), moe_infer (st
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from .branches import Branches, drop_branches
+from .host_reads import HostRead, Place
+from .kernel_contexts import old_contexts
 from .method_level import Found, Refused, capture_method
 from .observe import Method, Observation, Site, observe
-from .report import METHOD, NONE, STATEMENTS, ModuleCapture
+from .report import BRANCHES, CONTEXTS, METHOD, NONE, STATEMENTS, ModuleCapture
 from .statement_level import capture_statements
 from .subject import Subject
 
@@ -31,15 +34,76 @@ class Outcome:
     found: Found | None = None
 
 
-def analyse(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outcome, ...]:
-    """Run `root` once and decide on every bank that looks routed; nothing is changed."""
+@dataclass(frozen=True)
+class Findings:
+    """What is to be done to a root. dispatches: per bank; others: per method in the way.
+
+    remaining: host reads among or before the experts that nothing above removes.
+    result: what the root returned eagerly.
+    """
+
+    dispatches: tuple[Outcome, ...]
+    others: tuple[Outcome, ...]
+    remaining: tuple[HostRead, ...]
+    result: Any
+
+
+def analyse(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Findings:
+    """Run `root` and decide on every bank that looks routed, and on what breaks a trace before it.
+
+    Nothing is changed. The root runs once, and once more if it branches on empty selections.
+    """
     observation = observe(root, args, kwargs)
-    return tuple(
-        _analyse_site(site, observation) for site in observation.sites if site.routed or site.uneven
-    )
+    branches = drop_branches(root, args, kwargs, observation)
+    sites = [site for site in observation.sites if site.routed or site.uneven]
+    dispatches = tuple(_analyse_site(site, observation, branches) for site in sites)
+    done = {_key(o.method) for o in dispatches if o.method is not None}
+    others = [_branch_outcome(b) for b in branches if _key(b.method) not in done]
+    done |= {_key(o.method) for o in others if o.method is not None}
+    others += _context_outcomes(root, done)
+    found = [o for o in (*dispatches, *others) if o.found is not None]
+    remaining = tuple(r for r in observation.reads if not _removed(r, found))
+    return Findings(dispatches, tuple(others), remaining, observation.result)
 
 
-def _analyse_site(site: Site, observation: Observation) -> Outcome:
+def _key(method: Method) -> tuple[int, str]:
+    return id(method.module), method.attribute
+
+
+def _branch_outcome(branches: Branches) -> Outcome:
+    method = branches.method
+    accepted, reason = branches.found is not None, branches.reason
+    mechanism = BRANCHES if accepted else NONE
+    capture = ModuleCapture(method.path, 0, mechanism, accepted, reason, method.location)
+    return Outcome(capture, method if accepted else None, branches.found)
+
+
+def _context_outcomes(root: nn.Module, done: set[tuple[int, str]]) -> list[Outcome]:
+    """Attention kernels chosen in the old way, in methods that are not replaced otherwise."""
+    outcomes = []
+    for method, found, reason in old_contexts(root):
+        taken = _key(method) in done
+        reason = "the method is replaced for another reason" if taken else reason
+        accepted = found is not None and not taken
+        mechanism = CONTEXTS if accepted else NONE
+        capture = ModuleCapture(method.path, 0, mechanism, accepted, reason, method.location)
+        outcomes.append(Outcome(capture, method, found) if accepted else Outcome(capture))
+    return outcomes
+
+
+def _removed(read: HostRead, outcomes: list[Outcome]) -> bool:
+    """Whether some frame of the read stands in a line that runs no more."""
+    return any(_gone(place, outcome) for place in read.stack for outcome in outcomes)
+
+
+def _gone(place: Place, outcome: Outcome) -> bool:
+    method, found = outcome.method, outcome.found
+    if method is None or found is None or place.owner is not method.module:
+        return False
+    return place.code is method.function.__code__ and place.line not in found.kept_lines
+
+
+def _analyse_site(site: Site, observation: Observation, branches: tuple[Branches, ...]) -> Outcome:
     obstacle = _obstacle(site)
     if obstacle:
         return _refused(site, obstacle)
@@ -49,7 +113,8 @@ def _analyse_site(site: Site, observation: Observation) -> Outcome:
             site.bank.container
         ):
             break
-        outcome = _try_mechanisms(site, method, observation)
+        definition = next((b.definition for b in branches if b.method == method), None)
+        outcome = _try_mechanisms(site, method, observation, definition)
         if isinstance(outcome, Outcome):
             return outcome
         refusals.append(outcome)
@@ -57,16 +122,19 @@ def _analyse_site(site: Site, observation: Observation) -> Outcome:
     return _refused(site, furthest.reason)
 
 
-def _try_mechanisms(site: Site, method: Method, observation: Observation) -> Outcome | Refused:
+def _try_mechanisms(
+    site: Site, method: Method, observation: Observation, definition: ast.FunctionDef | None
+) -> Outcome | Refused:
     recorded = observation.arguments.get(id(method.module))
     name = method.attribute
     if recorded is None:
         return Refused(f"{name}: the arguments of its module were not seen")
-    if not _only_turns_gradients_off(method):
-        return Refused(f"{name} is decorated and the decorator may matter", 1)
+    if method.obstacle:
+        return Refused(method.obstacle, 1)
     best = Refused("")
     try:
-        subject = Subject(site, method, _relative(site.bank.path, method.path), recorded)
+        path = _relative(site.bank.path, method.path)
+        subject = Subject(site, method, path, recorded, definition)
         for mechanism, capture in _MECHANISMS:
             outcome = capture(subject)
             if isinstance(outcome, Found):
@@ -91,7 +159,8 @@ def _obstacle(site: Site) -> str:
 
 
 def _accepted(site: Site, method: Method, mechanism: str, found: Found) -> Outcome:
-    reason = f"reproduced with {found.plan.slots} slots per token"
+    slots = found.plan.slots if found.plan is not None else 0
+    reason = f"reproduced with {slots} slots per token"
     experts = len(site.bank.experts)
     capture = ModuleCapture(method.path, experts, mechanism, True, reason, site.location)
     return Outcome(capture, method, found)
@@ -109,16 +178,3 @@ def _size(module: nn.Module) -> int:
 def _relative(path: str, owner: str) -> tuple[str, ...]:
     below = path[len(owner) :].strip(".")
     return tuple(below.split(".")) if below else ()
-
-
-def _only_turns_gradients_off(method: Method) -> bool:
-    """Whether the wrappers around the function, if any, only switch gradient recording."""
-    current: Any = method.declared
-    while current is not method.function:
-        cells = getattr(current, "__closure__", None) or ()
-        factories = [getattr(cell.cell_contents, "__self__", None) for cell in cells]
-        grad_modes = (torch.no_grad, torch.inference_mode, torch.set_grad_enabled)
-        if not any(isinstance(factory, grad_modes) for factory in factories):
-            return False
-        current = current.__wrapped__
-    return True

@@ -19,14 +19,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .analyse import Outcome, analyse
+from .analyse import Findings, analyse
+from .method_level import Found
 from .observe import Method
 from .own_code import copy_function
-from .report import CaptureReport
+from .report import FLAGS, NONE, CaptureReport, ModuleCapture
 from .sandbox import undisturbed
+from .whole import whole_trace_failure, with_symbols
 
 _RECORD = "_moeca_capture"
 _OWN_CODE = "_moeca_own_code"
+_SYMBOLS = "_moeca_symbols"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class _Installed:
 
     original: Callable[..., Any]
     on_instance: bool
+    is_dispatch: bool
 
 
 def install(
@@ -53,20 +57,24 @@ def install(
     started = time.perf_counter()
     uninstall(root)
     eagerly = functools.partial(analyse, root, args, kwargs)
-    disabled = cast(Callable[[], tuple[Outcome, ...]], torch.compiler.disable(eagerly))
+    disabled = cast(Callable[[], Findings], torch.compiler.disable(eagerly))
     with torch.compiler.set_stance("force_eager"), undisturbed(root):
-        outcomes = disabled()
+        findings = disabled()
+    outcomes = (*findings.dispatches, *findings.others)
     try:
         for outcome in outcomes:
             if outcome.method is not None and outcome.found is not None:
-                _put(outcome.method, outcome.found.replacement, is_active)
+                _put(outcome.method, outcome.found, is_active)
+        others = [o.capture for o in findings.others]
+        others += _keep_in_graph(root, args, kwargs, findings, is_active)
         if is_installed(root):
             _own_forward(root)
     except BaseException:
         uninstall(root)
         raise
-    modules = tuple(outcome.capture for outcome in outcomes)
-    return CaptureReport(modules, (time.perf_counter() - started) * 1000)
+    modules = tuple(outcome.capture for outcome in findings.dispatches)
+    elapsed = (time.perf_counter() - started) * 1000
+    return CaptureReport(modules, elapsed, tuple(others))
 
 
 def uninstall(root: nn.Module) -> None:
@@ -86,38 +94,83 @@ def uninstall(root: nn.Module) -> None:
 
 def is_installed(root: nn.Module) -> bool:
     """Whether any method of `root` or its submodules is replaced at present."""
-    return count_installed(root) > 0
+    forward = getattr(vars(root).get("forward"), "__func__", None)
+    return bool(_records(root)) or hasattr(forward, _OWN_CODE)
 
 
 def count_installed(root: nn.Module) -> int:
-    """How many methods of `root` and its submodules are replaced at present."""
-    return sum(
-        hasattr(getattr(value, "__func__", None), _RECORD)
+    """How many dispatches of `root` and its submodules are replaced at present."""
+    return sum(record.is_dispatch for record in _records(root))
+
+
+def keeps_host_reads(root: nn.Module | None) -> bool:
+    """Whether the graph of `root` may hold sizes known at run time only; see whole.py."""
+    forward = getattr(vars(root).get("forward"), "__func__", None) if root is not None else None
+    return bool(getattr(forward, _SYMBOLS, False))
+
+
+def _records(root: nn.Module) -> list[_Installed]:
+    functions = (
+        getattr(value, "__func__", None)
         for module in root.modules()
         for value in vars(module).values()
         if isinstance(value, MethodType)
     )
+    return [
+        vars(f)[_RECORD] for f in functions if isinstance(f, FunctionType) and _RECORD in vars(f)
+    ]
 
 
-def _own_forward(root: nn.Module) -> None:
+def _own_forward(
+    root: nn.Module, wrap: Callable[[FunctionType], FunctionType] | None = None
+) -> None:
     """Give the root a forward that shares no code object with its class; see own_code.py."""
     declared = type(root).forward
     if "forward" in vars(root) or not isinstance(declared, FunctionType):
         return
-    own = copy_function(declared)
+    copied = copy_function(declared)
+    own = wrap(copied) if wrap is not None else copied
     vars(own)[_OWN_CODE] = True
+    if wrap is not None:
+        vars(own).update({"__wrapped__": copied, _SYMBOLS: True})
     vars(root)["forward"] = MethodType(own, root)
 
 
-def _put(method: Method, replacement: Callable[..., Any], is_active: Callable[[], bool]) -> None:
-    override = _make_override(method.declared, replacement, is_active)
+def _keep_in_graph(
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    findings: Findings,
+    is_active: Callable[[], bool],
+) -> list[ModuleCapture]:
+    """Where host reads remain, have Dynamo keep them in the graph if the root then gives one."""
+    if not findings.remaining:
+        return []
+    place = findings.remaining[0].place
+    reason = f"{len(findings.remaining)} reads of the host kept in the graph"
+    if "forward" in vars(root) or not isinstance(type(root).forward, FunctionType):
+        failed = "the model's forward is replaced on the instance"
+    else:
+        active = _activity(is_active)
+        _own_forward(root, lambda function: with_symbols(function, active))
+        with undisturbed(root):
+            failed = whole_trace_failure(root, args, kwargs, findings.result)
+        if failed:
+            del vars(root)["forward"]
+    text = f"reads the host, and no whole graph: {failed}" if failed else reason
+    mechanism = NONE if failed else FLAGS
+    return [ModuleCapture("", 0, mechanism, not failed, text, place.location)]
+
+
+def _put(method: Method, found: Found, is_active: Callable[[], bool]) -> None:
+    override = _make_override(method.declared, found.replacement, is_active)
     override.__name__ = method.function.__name__
     override.__qualname__ = method.function.__qualname__
     override.__doc__ = method.function.__doc__
     override.__module__ = method.function.__module__
     # its own code object: Dynamo caches by code, and instances must not compete for one cache
     override.__code__ = override.__code__.replace(co_name=method.function.__name__)
-    record = _Installed(method.declared, method.on_instance)
+    record = _Installed(method.declared, method.on_instance, found.plan is not None)
     vars(override).update({"__wrapped__": method.declared, _RECORD: record})
     vars(method.module)[method.attribute] = MethodType(override, method.module)
 
@@ -125,14 +178,23 @@ def _put(method: Method, replacement: Callable[..., Any], is_active: Callable[[]
 def _make_override(
     original: Callable[..., Any], replacement: Callable[..., Any], is_active: Callable[[], bool]
 ) -> FunctionType:
+    acts = _activity(is_active)
+
+    def override(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (replacement if acts(self) else original)(self, *args, **kwargs)
+
+    return override  # type: ignore[return-value]
+
+
+def _activity(is_active: Callable[[], bool]) -> Callable[[nn.Module], bool]:
+    """Whether a replacement acts on a module: traced for this backend, without gradients."""
+
     @torch.compiler.assume_constant_result
     def active() -> bool:
         return bool(is_active())
 
-    def override(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def acts(module: nn.Module) -> bool:
         compiling_here = torch.compiler.is_compiling() and active()
-        if compiling_here and not self.training and not torch.is_grad_enabled():
-            return replacement(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+        return compiling_here and not module.training and not torch.is_grad_enabled()
 
-    return override  # type: ignore[return-value]
+    return acts

@@ -28,10 +28,14 @@ _MAX_CANDIDATES = 24
 
 @dataclass(frozen=True)
 class Found:
-    """A replacement that passed every check: a plain function that takes the owner first."""
+    """A replacement that passed every check: a plain function that takes the owner first.
+
+    plan: None if no dispatch was replaced; kept_lines: lines of the original that still run.
+    """
 
     replacement: Callable[..., Any]
-    plan: DispatchPlan
+    plan: DispatchPlan | None
+    kept_lines: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

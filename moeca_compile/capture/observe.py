@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..torch_compat import is_compile_wrapper
 from .banks import Bank, find_banks
+from .host_reads import HostRead, HostReads
 from .sandbox import copy_arguments
 
 _MAX_CALLERS = 3
@@ -30,6 +32,7 @@ class Method:
 
     attribute: the name it is installed under; function: the plain function, undecorated; declared:
     what the class or instance holds (maybe decorated); on_instance: it sits in the instance dict.
+    overridden: a subclass has the attribute too, so that it was reached through `super()`.
     """
 
     path: str
@@ -38,11 +41,47 @@ class Method:
     function: FunctionType
     declared: Callable[..., Any]
     on_instance: bool
+    overridden: bool = False
+
+    @property
+    def plain(self) -> FunctionType:
+        """`function`, which type checkers take for a method of this class."""
+        return cast(FunctionType, self.function)
+
+    @property
+    def obstacle(self) -> str:
+        """Why the method cannot be replaced on the instance by something of equal effect."""
+        if self.overridden:
+            return f"{self.function.__qualname__} is called through super(), not by its name"
+        if not self._decorators_are_neutral:
+            return f"{self.attribute} is decorated and the decorator may matter"
+        return ""
 
     @property
     def location(self) -> str:
         code = self.function.__code__
         return f"{code.co_filename}:{code.co_firstlineno} {self.function.__qualname__}"
+
+    @property
+    def _decorators_are_neutral(self) -> bool:
+        """Whether the wrappers around the function, if any, only switch gradients or compile it."""
+        current: Any = self.declared
+        while current is not self.function:
+            cells = getattr(current, "__closure__", None) or ()
+            factories = [getattr(_content(cell), "__self__", None) for cell in cells]
+            grad_modes = (torch.no_grad, torch.inference_mode, torch.set_grad_enabled)
+            compiles = is_compile_wrapper(current)
+            if not compiles and not any(isinstance(factory, grad_modes) for factory in factories):
+                return False
+            current = current.__wrapped__
+        return True
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
 
 
 @dataclass
@@ -68,23 +107,43 @@ class Site:
 
 @dataclass(frozen=True)
 class Observation:
-    """sites: one per bank and calling method; arguments: first (args, kwargs) per owner id."""
+    """sites: one per bank and calling method; arguments: first (args, kwargs) per owner id.
+
+    reads: host reads up to the last call of an expert; result: what the root returned.
+    """
 
     sites: tuple[Site, ...]
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    reads: tuple[HostRead, ...] = ()
+    result: Any = None
 
 
 def counts_match(ids: Tensor, rows: dict[int, int], experts: int) -> bool:
     """Whether ids in [0, experts) occur as often as experts received rows.
 
-    Experts that no id names may have been called on dummy rows.
+    Experts that no id names may have been called on dummy rows. In a table of ids [.., K] an
+    expert that a token names twice may have received its row once.
     """
     if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= experts:
         return False
-    counts = torch.bincount(ids.reshape(-1).long(), minlength=experts).tolist()
+    forms = [ids.reshape(-1), unrepeated(ids)]
+    return any(_counts_match(torch.bincount(f.long(), minlength=experts), rows) for f in forms)
+
+
+def _counts_match(counted: Tensor, rows: dict[int, int]) -> bool:
+    counts = counted.tolist()
     return all(count in (0, rows.get(index, 0)) for index, count in enumerate(counts)) and all(
         counts[index] > 0 or seen <= 1 for index, seen in rows.items()
     )
+
+
+def unrepeated(ids: Tensor) -> Tensor:
+    """The ids of a table [.., K] without those that stand further left in their row already."""
+    if ids.dim() < 2:
+        return ids.reshape(-1)
+    table = ids.reshape(-1, ids.shape[-1])
+    same = table.unsqueeze(2) == table.unsqueeze(1)
+    return table[~same.tril(-1).any(2)]
 
 
 def is_integer(value: object) -> bool:
@@ -96,14 +155,37 @@ def observe(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> O
     """Run `root` once on copies of its arguments and note the calls of every bank's experts."""
     watch = _Watch(root)
     try:
-        root(*copy_arguments(args), **copy_arguments(kwargs))
+        with watch.host.watching():
+            result = root(*copy_arguments(args), **copy_arguments(kwargs))
     finally:
         watch.remove()
-    return Observation(tuple(watch.sites.values()), watch.arguments)
+    reads = tuple(read for read in watch.host.reads if read.order < watch.last_expert)
+    return Observation(tuple(watch.sites.values()), watch.arguments, reads, result)
+
+
+def observe_arguments(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], owners: list[nn.Module]
+) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Run `root` once more and copy the arguments of the first call of each owner, by its id."""
+    found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) not in found:
+            found[id(module)] = (copy_arguments(args), copy_arguments(kwargs))
+
+    handles = [owner.register_forward_pre_hook(note, with_kwargs=True) for owner in owners]
+    try:
+        root(*copy_arguments(args), **copy_arguments(kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 class _Watch:
     def __init__(self, root: nn.Module) -> None:
+        self.host = HostReads()
+        self.last_expert = 0  # when an expert was called last
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.sites: dict[tuple[int, int, CodeType], Site] = {}
         self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -128,6 +210,7 @@ class _Watch:
 
     def _expert_hook(self, bank: Bank, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.last_expert = self.host.tick()
             self._note(bank, index, args, kwargs, sys._getframe(1))
 
         return hook
@@ -201,11 +284,13 @@ def find_method(owner: nn.Module, path: str, code: CodeType) -> Method | None:
             function = _undecorated(value.__func__, code)
             if function is not None:
                 return Method(path, owner, name, function, value.__func__, True)
-    for cls in type(owner).__mro__:
+    classes = type(owner).__mro__
+    for place, cls in enumerate(classes):
         for name, value in vars(cls).items():
             function = _undecorated(value, code)
             if function is not None and name not in vars(owner):
-                return Method(path, owner, name, function, value, False)
+                overridden = any(name in vars(sub) for sub in classes[:place])
+                return Method(path, owner, name, function, value, False, overridden)
     return None
 
 

@@ -222,16 +222,23 @@ def _rows_fit(
     by_token = ids.reshape(-1, tokens).t() if slots_first else ids.reshape(tokens, -1)
     for index in range(evidence.experts):
         blocks = [v for v, c in zip(seen, evidence.calls) if c.expert == index]
-        chosen = flat[(by_token == index).nonzero()[:, 0]]
-        if chosen.shape[0] == 0:
+        here = (by_token == index).nonzero()[:, 0]
+        if here.numel() == 0:
             continue
-        got, want = torch.cat(blocks).double(), chosen.double()
-        scale = float(want.abs().max())
-        if not math.isfinite(scale):  # a buffer that was never written
-            return False
-        if not torch.allclose(got.sum(0), want.sum(0), rtol=1e-4, atol=1e-4 * (scale + 1e-6)):
+        got = torch.cat(blocks)
+        # an expert that a token names twice may receive its row once
+        if not any(_same_sums(got, flat[rows]) for rows in (here, here.unique())):
             return False
     return True
+
+
+def _same_sums(got: Tensor, want: Tensor) -> bool:
+    """Whether the columns of two sets of rows add up to the same."""
+    scale = float(want.abs().max())
+    if not math.isfinite(scale):  # a buffer that was never written
+        return False
+    sums = got.double().sum(0), want.double().sum(0)
+    return torch.allclose(*sums, rtol=1e-4, atol=1e-4 * (scale + 1e-6))
 
 
 def _finishes(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..torch_compat import on_call_end, reset_code, traced_frame
-from .roots import Phase, RootCall, RootRegistry, entry_codes
+from .roots import Phase, RootCall, RootRegistry, entry_codes, is_of_root
 from .trigger import acts_now, count_dispatches, holds_all_dispatches
 
 
@@ -48,8 +48,9 @@ class Recapture:
         captured = state is not None and state.phase is Phase.CAPTURED
         if not captured or state is None or frame is None:
             return compile_now()
-        entered = frame.code in entry_codes(call)
-        if entered and (not frame.breaks or holds_all_dispatches(frame, call.root)):
+        whole = frame.code in entry_codes(call) and not frame.breaks
+        of_root = is_of_root(frame.code, call)
+        if whole or (of_root and holds_all_dispatches(frame, call.root)):
             return compile_now()
         acts = acts_now(call, state)
         if acts and not count_dispatches(frame):

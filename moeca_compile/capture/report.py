@@ -9,6 +9,9 @@ from tabulate import tabulate
 METHOD = "method"
 STATEMENTS = "statements"
 NONE = "none"
+BRANCHES = "branches"
+CONTEXTS = "contexts"
+FLAGS = "flags"
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,9 @@ class ModuleCapture:
     """The outcome for one module that dispatches rows to a bank of experts.
 
     mechanism: "method", "statements" or "none"; location: "file:line function" of the dispatch.
+    Beside dispatches, with num_experts 0: "branches" (tests whether a selection is empty dropped),
+    "contexts" (attention kernels chosen in the new way) and "flags" (Dynamo keeps values and sizes
+    read on the host in the graph).
     """
 
     path: str
@@ -28,15 +34,24 @@ class ModuleCapture:
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """The outcome for one root module; elapsed_ms covers the analysis and the installation."""
+    """The outcome for one root module; elapsed_ms covers the analysis and the installation.
+
+    others: what else stood in the way of one graph, and whether it does no more.
+    """
 
     modules: tuple[ModuleCapture, ...]
     elapsed_ms: float
+    others: tuple[ModuleCapture, ...] = ()
 
     @property
     def installed(self) -> int:
         """How many dispatches were replaced."""
         return sum(module.accepted for module in self.modules)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything about the model was changed."""
+        return any(module.accepted for module in (*self.modules, *self.others))
 
     def __str__(self) -> str:
         counts = f"{self.installed} of {len(self.modules)} dispatches replaced"
@@ -44,13 +59,13 @@ class CaptureReport:
         rows = [
             (
                 m.path or "(root)",
-                m.num_experts,
+                m.num_experts or "",
                 m.mechanism,
                 "yes" if m.accepted else "no",
                 m.reason,
                 m.location,
             )
-            for m in self.modules
+            for m in (*self.modules, *self.others)
         ]
         columns = ("module", "experts", "mechanism", "replaced", "reason", "location")
         return f"{head}\n{tabulate(rows, headers=columns)}" if rows else head

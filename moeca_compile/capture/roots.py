@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -119,6 +120,26 @@ def entry_codes(call: RootCall) -> frozenset[CodeType]:
     functions = [f for start in starts if start is not None for f in _chain(start)]
     codes = {f.__code__ for f in functions if isinstance(f, FunctionType)}
     return frozenset(code for code in codes if code.co_filename != _MODULE_FILE)
+
+
+def is_of_root(code: CodeType, call: RootCall) -> bool:
+    """Whether a traced frame is the root's own, or goes on with it behind a graph break.
+
+    A frame of a submodule is neither, even where that submodule has every dispatch of the model.
+    """
+    codes = entry_codes(call)
+    return code in codes or any(_resumes(code, entry) for entry in codes)
+
+
+def _resumes(code: CodeType, entry: CodeType) -> bool:
+    """Dynamo names the rest of a function after it and the line it goes on at."""
+    found = re.fullmatch(
+        rf"torch_dynamo_resume_in_{re.escape(entry.co_name)}_at_(\d+)", code.co_name
+    )
+    if found is None or code.co_filename != entry.co_filename:
+        return False
+    lines = [line for *_, line in entry.co_lines() if line is not None]
+    return entry.co_firstlineno <= int(found[1]) <= max(lines, default=0)
 
 
 def _chain(function: Any) -> list[Any]:

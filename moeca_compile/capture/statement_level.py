@@ -37,7 +37,7 @@ from .prune import LOST_NAMES, mark_effects, prune
 from .recorder import record_experts
 from .replay import close
 from .sandbox import exact_arithmetic
-from .statements import bound_names, fold_training, name_returns
+from .statements import REPLACED, bound_names, fold_training, kept_lines, name_returns
 from .subject import Subject
 
 _RUN = f"{HELPER_PREFIX}run_plan"
@@ -58,7 +58,7 @@ def capture_statements(subject: Subject) -> Found | Refused:
     """Replace the statement that completes the dispatch; drop what only fed it."""
     function = cast(FunctionType, subject.method.function)  # a field, not a bound method
     try:
-        definition = parse(function)
+        definition = copy.deepcopy(subject.definition) or parse(function)
         mark_effects(definition)
         fold_training(definition)
         name_returns(definition)
@@ -125,7 +125,9 @@ def _try(
     except ValueError as error:
         return Refused(str(error), 1)
     disagreement = subject.disagreement(replacement)
-    return Refused(disagreement, 2) if disagreement else Found(replacement, plan)
+    if disagreement:
+        return Refused(disagreement, 2)
+    return Found(replacement, plan, kept_lines(tree))
 
 
 def _substitute(tree: ast.FunctionDef, candidate: _Candidate, plan: DispatchPlan) -> None:
@@ -143,6 +145,7 @@ def _substitute(tree: ast.FunctionDef, candidate: _Candidate, plan: DispatchPlan
     call = ast.Call(ast.Name(_RUN, ast.Load()), list(arguments), [])
     new = ast.copy_location(ast.Assign([ast.Name(candidate.name, ast.Store())], call), old)
     setattr(new, LOST_NAMES, bound_names(old) - {candidate.name})
+    setattr(new, REPLACED, True)
     ast.fix_missing_locations(new)
     for node in ast.walk(tree):
         for suite in (getattr(node, "body", None), getattr(node, "orelse", None)):

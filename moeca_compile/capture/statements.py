@@ -3,6 +3,7 @@
 fold_training:    `if self.training: A else: B`  ->  `B`
 name_returns:     `return f(x)`                  ->  `r = f(x); return r`
 bound_names:      what a statement sets or changes in place
+kept_lines:       which lines of the user's file are left
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 
 RETURN_NAME = "moeca_result"
+REPLACED = "moeca_replaced"
 _GROWING = ("append", "extend", "insert", "update", "setdefault", "add")
 
 
@@ -26,6 +28,27 @@ def suites(definition: ast.FunctionDef) -> list[list[ast.stmt]]:
             elif isinstance(statement, ast.With):
                 pending.append(statement.body)
     return [suite for suite in found if suite]
+
+
+def kept_lines(definition: ast.FunctionDef) -> frozenset[int]:
+    """Lines of the user's file that still run: all but those of replaced statements."""
+    lines: set[int] = set()
+    for node in ast.walk(definition):
+        if not isinstance(node, ast.stmt) or getattr(node, REPLACED, False):
+            continue
+        if isinstance(node, ast.Return) and read_names(node) == {RETURN_NAME}:
+            continue
+        if isinstance(node, (ast.If, ast.While)):
+            parts: list[ast.AST] = [node.test]
+        elif isinstance(node, ast.With):
+            parts = [item.context_expr for item in node.items]
+        elif isinstance(node, ast.For):
+            parts = [node.iter]
+        else:
+            parts = [] if node is definition else [node]
+        for part in parts:
+            lines.update(range(part.lineno, (part.end_lineno or part.lineno) + 1))  # type: ignore[attr-defined]
+    return frozenset(lines)
 
 
 def bound_names(node: ast.AST) -> set[str]:

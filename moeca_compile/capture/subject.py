@@ -1,9 +1,11 @@
-"""One owner module under analysis: its exact copy, its recorded arguments, and how to replay it."""
+"""One module under analysis: its exact copy, its recorded arguments, and how to replay it."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..torch_compat import leaves
 from .observe import Method, Site
 from .replay import close, exact_arguments, exact_copy, probe_arguments
 from .sandbox import copy_arguments, exact_arithmetic
@@ -20,28 +23,30 @@ Replacement = Callable[..., Any]
 
 
 @dataclass
-class Subject:
+class Replay:
     """`method` of an owner, with a copy of the owner to experiment on.
 
-    copied: the owner's copy in float32 / float64; container: the bank within the copy;
+    containers: the banks below the owner. copied: the owner's copy in float32 / float64;
     arguments: recorded (args, kwargs) of the owner, in the copy's dtypes.
     """
 
-    site: Site
     method: Method
-    bank_path: tuple[str, ...]
     recorded: tuple[tuple[Any, ...], dict[str, Any]]
+    containers: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         with exact_arithmetic(self.device):
-            self.copied, moved = exact_copy(self.method.module, [self.site.bank.container])
+            self.copied, self.moved = exact_copy(self.method.module, list(self.containers))
             self.arguments = exact_arguments(self.recorded)
-        self.container = moved[id(self.site.bank.container)]
 
     @property
     def device(self) -> torch.device:
-        """The device of the owner's parameters."""
-        return next(self.method.module.parameters()).device
+        """The device of the owner's parameters, of the recorded tensors where it has none."""
+        tensors = itertools.chain(
+            self.method.module.parameters(),
+            (leaf for leaf in leaves(self.recorded)[0] if isinstance(leaf, torch.Tensor)),
+        )
+        return next((t.device for t in tensors), torch.device("cpu"))
 
     def replay(self, owner: nn.Module, arguments: Any, replacement: Replacement) -> Any:
         """Call `owner` with `replacement` (a plain function taking self) in place of the method."""
@@ -91,3 +96,21 @@ class Subject:
         except Exception as error:  # user code: the error itself is what gets compared
             return None, error
         return result, None
+
+
+class Subject(Replay):
+    """A method that dispatches to the bank of `site`. container: the bank within the copy."""
+
+    def __init__(
+        self,
+        site: Site,
+        method: Method,
+        bank_path: tuple[str, ...],
+        recorded: tuple[tuple[Any, ...], dict[str, Any]],
+        definition: ast.FunctionDef | None = None,
+    ) -> None:
+        super().__init__(method, recorded, (site.bank.container,))
+        self.site = site
+        self.bank_path = bank_path
+        self.definition = definition
+        self.container = self.moved[id(site.bank.container)]

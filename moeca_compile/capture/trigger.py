@@ -17,12 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..torch_compat import TracedFrame, compiled_root, on_call_end, reset_code, traced_frame
+from ..torch_compat import (
+    TracedFrame,
+    compiled_root,
+    on_call_end,
+    raise_recompile_limit,
+    reset_code,
+    traced_frame,
+)
 from .activity import compiling_for_moeca
 from .banks import find_banks
-from .install import count_installed, install, uninstall
+from .install import count_installed, install, is_installed, uninstall
 from .report import CaptureReport
-from .roots import Phase, RootCall, RootRegistry, RootState, entry_codes, find_root
+from .roots import Phase, RootCall, RootRegistry, RootState, entry_codes, find_root, is_of_root
 
 __all__ = ["FragmentTrigger", "RootCall", "find_root", "prepare", "wrap_fragment"]
 
@@ -48,16 +55,18 @@ def wrap_fragment(compiled: Callable[..., Any], registry: RootRegistry) -> Calla
     root, state, frame = call.root, registry.state(call.root), traced_frame()
     if state.phase in (Phase.CAPTURED, Phase.REFUSED):
         return compiled
-    if state.phase is Phase.NEW and count_installed(root):
+    if state.phase is Phase.NEW and is_installed(root):
         state.phase = Phase.WAITING
     entered = frame is not None and frame.code in entry_codes(call)
     breaks = frame.reason if frame is not None and frame.breaks else ""
     whole = entered and not breaks
     if state.phase is Phase.WAITING:
         state.graphs_after += 1
-        if acts_now(call, state) and (whole or (entered and holds_all_dispatches(frame, root))):
+        of_root = frame is not None and is_of_root(frame.code, call)
+        if acts_now(call, state) and (whole or (of_root and holds_all_dispatches(frame, root))):
             state.phase = Phase.CAPTURED
-            state.reason = f"the rest of the model is split: {breaks}" if breaks else ""
+            split = breaks or (state.reason if not entered else "")
+            state.reason = f"the rest of the model is split: {split}" if split else ""
             return compiled
     else:
         state.graphs_before += 1
@@ -137,10 +146,11 @@ def _analyse(call: RootCall, state: RootState, registry: RootRegistry) -> None:
         uninstall(call.root)
         state.reason = f"the analysis failed: {type(error).__name__}: {error}"
         return
-    if not state.report.installed:
+    if not state.report.changed:
         state.reason = "no dispatch could be replaced"
         return
     state.phase = Phase.INSTALLED
+    _raise_limit(call)  # the rest of this call is compiled in pieces, one per layer
     registry.remember(call)
     codes = entry_codes(call)
 
@@ -151,6 +161,12 @@ def _analyse(call: RootCall, state: RootState, registry: RootRegistry) -> None:
 
     if not on_call_end(call.call, lift):
         lift()
+
+
+def _raise_limit(call: RootCall) -> None:
+    put_back = raise_recompile_limit()
+    if not on_call_end(call.call, put_back):
+        put_back()
 
 
 def _judge_at_end(call: RootCall, state: RootState) -> None:

@@ -2,20 +2,25 @@
 
 manual:  softmax(scale * q @ k^T) @ v           core = the second product
 root:    the projection behind the core, up to the first op that mixes in another value
+joint:   a core over several streams, split behind it, has a root for each; see streams.py
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .dry_run import DryRun, dry_pull
-from .layout import Layout, RowSpace, free, row_layout, tags
+from .key_value import SDPA, key_value_rows
+from .layout import RowSpace, is_windowed, row_layout
 from .region import AttentionRegion, NoMatch, RowRoot, module_path
-from .row_rules import VIEWS, Stop, pointwise, rule_for, shape_of, view_back
+from .row_rules import VIEWS, pointwise, rule_for, shape_of
+from .streams import Above, stream_parts
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 PROJECTIONS = {aten.linear.default, aten.addmm.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
@@ -31,17 +36,19 @@ BEHIND = VIEWS | {
 
 def find_attention(gm: GraphModule, missed: list[NoMatch]) -> list[AttentionRegion]:
     """All attention regions whose output has token rows in front; others go to `missed`."""
-    regions = []
+    regions: list[AttentionRegion] = []
+    earlier: set[Node] = set()  # nothing is looked for above another attention
     for node in gm.graph.nodes:
         operands = _operands(node)
         if operands is None:
             continue
-        core, key, value = operands
-        region = _region(core, key, value)
-        if isinstance(region, NoMatch):
-            missed.append(region)
-        else:
-            regions.append(region)
+        found = _regions(operands, frozenset(earlier))
+        earlier.add(operands[0])
+        for region in found:
+            if isinstance(region, NoMatch):
+                missed.append(region)
+            else:
+                regions.append(region)
     return regions
 
 
@@ -66,30 +73,62 @@ def _operands(node: Node) -> tuple[Node, Node, Node] | None:
     return None
 
 
-def _region(core: Node, key: Node, value: Node) -> AttentionRegion | NoMatch:
-    root = core
-    while len(root.users) == 1:
-        (user,) = root.users
-        if user.target not in BEHIND or user.args[0] is not root:
-            break
-        root = user
-    root, space = _token_rows(core, root)
-    name = module_path(core)
+def _regions(
+    operands: tuple[Node, Node, Node], earlier: frozenset[Node]
+) -> list[AttentionRegion | NoMatch]:
+    """One region, or one for every stream that the output is split into."""
+    core = operands[0]
+    last = _behind(core)
+    root, space = _token_rows(core, last)
     if space is None:
-        return NoMatch("attention", name, "its output has no token rows [B, N, ...] in front", core)
+        reason = "its output has no token rows [B, N, ...] in front"
+        return [NoMatch("attention", module_path(core), reason, core)]
+    parts = stream_parts(last, space) if root is last else ()
+    if not parts:
+        return [_region(operands, root, space, earlier)]
+    found = []
+    for part in parts:
+        root = _behind(part.node)
+        while row_layout(shape_of(root), part.space) is None:
+            root = cast(Node, root.args[0])
+        region = _region(operands, root, part.space, earlier)
+        if isinstance(region, AttentionRegion):
+            region = replace(region, beside=tuple(p for p in parts if p is not part))
+        found.append(region)
+    return found
+
+
+def _behind(node: Node) -> Node:
+    """The last of what follows: a projection and changes of shape or dtype."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target not in BEHIND or user.args[0] is not node:
+            break
+        node = user
+    return node
+
+
+def _region(
+    operands: tuple[Node, Node, Node], root: Node, space: RowSpace, earlier: frozenset[Node]
+) -> AttentionRegion | NoMatch:
+    core, key, value = operands
+    name = module_path(core)
     layout = row_layout(shape_of(root), space)
     assert layout is not None
     out = RowRoot(root, layout)
-    dry = dry_pull([out], set(), space)
-    source = _first_input(core, dry) if dry is not None else None
+    dry = dry_pull([out], earlier, space)
+    source = _first_input(core, dry, space) if dry is not None else None
     if dry is None or source is None:
         return NoMatch("attention", name, "rows of its output do not lead to query rows", root)
-    cached = _key_value(core, key, value, dry.requested[core], space)
+    cached = key_value_rows(core, (key, value), dry, source, Above(space, earlier))
     return AttentionRegion(name, space, out, core, cached, source)
 
 
-def _first_input(core: Node, dry: DryRun) -> RowRoot | None:
-    """What the projection nearest above the queries reads; None if the core was not passed."""
+def _first_input(core: Node, dry: DryRun, space: RowSpace) -> RowRoot | None:
+    """What the projection nearest above the queries reads; None if the core was not passed.
+
+    Where it reads joined streams: the nearest value above that has the tokens alone.
+    """
     pending, seen = [core.args[0]], {core}
     while pending and core in dry.pulled:
         node = pending.pop(0)
@@ -99,11 +138,23 @@ def _first_input(core: Node, dry: DryRun) -> RowRoot | None:
         if node.target in PROJECTIONS:
             source = node.args[1 if node.target is aten.addmm.default else 0]
             if source in dry.requested:
-                return RowRoot(source, dry.requested[source])  # type: ignore[index]
+                return _alone(source, dry, space)  # type: ignore[arg-type]
         pending += node.all_input_nodes
     query = core.args[0]  # no projection of the kinds known: the queries themselves
     found = core in dry.pulled and query in dry.requested
-    return RowRoot(query, dry.requested[query]) if found else None  # type: ignore[arg-type,index]
+    return _alone(query, dry, space) if found else None  # type: ignore[arg-type]
+
+
+def _alone(node: Node, dry: DryRun, space: RowSpace) -> RowRoot | None:
+    """The node, or the nearest above it, whose rows are the tokens' and no others."""
+    pending = [node]
+    while pending:
+        node = pending.pop(0)
+        layout = dry.requested.get(node)
+        if layout is not None and not is_windowed(layout, space):
+            return RowRoot(node, layout)
+        pending += node.all_input_nodes if layout is not None else []
+    return None
 
 
 def _token_rows(core: Node, root: Node) -> tuple[Node, RowSpace | None]:
@@ -124,65 +175,3 @@ def pull_attention(region: AttentionRegion, available: set[Node]) -> DryRun | No
     """Dry run of the region's root for a few query rows per sample."""
     root = region.root
     return dry_pull([root], available - {root.node}, region.space)
-
-
-def _key_value(
-    core: Node, key: Node, value: Node, requested: Layout, space: RowSpace
-) -> tuple[RowRoot, ...]:
-    """Row roots of K and V; empty where their rows are not the query's tokens."""
-    roots: list[RowRoot] = []
-    for operand in (key, value):
-        row_dim = -1 if operand is key and core.target is not SDPA else -2
-        root = _row_root(operand, row_dim, requested, space)
-        if root is None:
-            return ()
-        if root not in roots:
-            roots.append(root)
-    return tuple(roots)
-
-
-def _row_root(operand: Node, row_dim: int, requested: Layout, space: RowSpace) -> RowRoot | None:
-    shape = shape_of(operand)
-    if len(shape) != len(requested) or shape[row_dim] != space.tokens:
-        return None
-    dims = [
-        d if tags(d) and shape[i] == _size(d) else free(shape[i])
-        for i, d in enumerate(requested[:-2])
-    ]
-    last = [free(shape[-2]), free(shape[-1])]
-    last[row_dim] = requested[-2]
-    layout = (*dims, *last)
-    if tags(layout) != tags(requested):
-        return None
-    node, layout = _above_views(operand, layout)
-    dry = dry_pull([RowRoot(node, layout)], set(), space)
-    return RowRoot(node, layout) if dry is not None and node in dry.pulled else None
-
-
-def _above_views(node: Node, layout: Layout) -> tuple[Node, Layout]:
-    """Cache above changes of shape and repeated heads: rows are then contiguous and stored once."""
-    while True:
-        try:
-            if node.target in VIEWS:
-                above = view_back(node, layout)
-            elif node.target is aten.repeat_interleave.self_int:
-                shape = shape_of(node.args[0])
-                above = tuple(
-                    d if _size(d) == s else free(s) for d, s in zip(layout, shape, strict=True)
-                )
-            elif node.target in (aten.clone.default, aten.contiguous.default):
-                above = layout
-            else:
-                return node, layout
-        except Stop:
-            return node, layout
-        if tags(above) != tags(layout):
-            return node, layout
-        node, layout = node.args[0], above  # type: ignore[assignment]
-
-
-def _size(dim: tuple) -> int:
-    size = 1
-    for factor in dim:
-        size *= factor.size
-    return size

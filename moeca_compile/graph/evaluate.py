@@ -21,6 +21,7 @@ class Evaluator:
         self.gm = gm
         self._memo: dict[Node, Any] = dict(inputs)
         self._replace: dict[Node, Callable[[], None]] = {}
+        self._after: dict[Node, Callable[[Any], None]] = {}
 
     def replace(self, node: Node, build: Callable[[], None]) -> None:
         """When `node` is first needed, call `build`, which must `set` it."""
@@ -30,8 +31,16 @@ class Evaluator:
         """Undo `replace`: the node's own op counts again."""
         self._replace.pop(node, None)
 
+    def after(self, node: Node, act: Callable[[Any], None]) -> None:
+        """When `node` first has a value, hand it to `act` as well."""
+        self._after[node] = act
+
     def set(self, node: Node, value: Any) -> None:
         self._memo[node] = value
+
+    def run_own(self, node: Node) -> Any:
+        """The node's own op, replaced or not."""
+        return run_node(self.gm, node, self.value)
 
     def value(self, node: Any) -> Any:
         """The value of a node (constants pass through)."""
@@ -41,7 +50,9 @@ class Evaluator:
             if node in self._replace:
                 self._replace[node]()
             else:
-                self._memo[node] = run_node(self.gm, node, self.value)
+                self._memo[node] = self.run_own(node)
+            if node in self._after:
+                self._after.pop(node)(self._memo[node])
         return self._memo[node]
 
     def view(self, changed: dict[Node, Any], below: set[Node]) -> Callable[[Any], Any]:

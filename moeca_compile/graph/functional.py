@@ -2,6 +2,10 @@
 
     before:  y = aten.add_.Tensor(x [T, D] bf16, r f32)      (x is not read afterwards)
     after:   y = aten.to.dtype(aten.add.Tensor(x, r), bf16)
+
+    before:  aten.mul_.Tensor(aten.select.int(x, 1, 0), 2);  x is read afterwards
+    after:   x' = aten.select_scatter.default(x, aten.mul.Tensor(..), 1, 0);  x' is read
+
 Refused, the model then runs on plain Inductor: writes to an input, and writes to a tensor of which
 another view is read later.
 """
@@ -18,6 +22,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..torch_compat import leaves
 
 aten = torch.ops.aten
+# A view that takes part of a tensor -> the op that puts the part back.
+PUT_BACK: dict[Any, Any] = {
+    aten.select.int: aten.select_scatter.default,
+    aten.slice.Tensor: aten.slice_scatter.default,
+}
 
 
 class Mutation(Exception):
@@ -30,6 +39,9 @@ class Mutation(Exception):
 
 def make_functional(gm: GraphModule) -> int:
     """Replace in-place ops; returns how many. Raises Mutation where that changes the result."""
+    through = [n for n in gm.graph.nodes if _mutates(n) and _part_of(n)]
+    for node in through:
+        _write_part(gm, node)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     aliases = _by_storage(gm)
     changed = 0
@@ -40,7 +52,35 @@ def make_functional(gm: GraphModule) -> int:
         _check_aliases(node, aliases, order)
         _replace(gm, node, target)
         changed += 1
-    return changed
+    return changed + len(through)
+
+
+def _part_of(node: Node) -> list[Node]:
+    """The views through which a node writes to part of a tensor, outermost first."""
+    views, written = [], node.args[0]
+    while isinstance(written, Node) and written.target in PUT_BACK:
+        views.append(written)
+        written = written.args[0]
+    return views
+
+
+def _write_part(gm: GraphModule, node: Node) -> None:
+    """The functional op on the part, and the part put back for those who read the whole later."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    views = _part_of(node)
+    whole: Any = views[-1].args[0]
+    _check_aliases(node, _by_storage(gm), order, known=whole)
+    new = _replace(gm, node, _functional(node))
+    with node.meta["val"].fake_mode:
+        new.meta["val"] = torch.empty_like(new.meta["val"])  # no longer the memory of the whole
+    for view in views:
+        with gm.graph.inserting_after(new):
+            put = gm.graph.call_function(PUT_BACK[view.target], (view.args[0], new, *view.args[1:]))
+        args = torch.fx.map_arg(put.args, lambda n: n.meta["val"])
+        with node.meta["val"].fake_mode, torch.no_grad():
+            put.meta = {**node.meta, "val": put.target(*args)}  # type: ignore[operator]
+        new = put
+    whole.replace_all_uses_with(new, delete_user_cb=lambda u: order.get(u, -1) > order[node])
 
 
 def _mutates(node: Node) -> bool:
@@ -57,7 +97,7 @@ def _functional(node: Node) -> Any:
     return found
 
 
-def _replace(gm: GraphModule, node: Node, target: Any) -> None:
+def _replace(gm: GraphModule, node: Node, target: Any) -> Node:
     """The functional op; an in-place op also keeps the written tensor's dtype."""
     wanted, promoted = node.meta["val"], None
     with wanted.fake_mode, torch.no_grad():
@@ -65,12 +105,13 @@ def _replace(gm: GraphModule, node: Node, target: Any) -> None:
         promoted = target(*args, **kwargs)
     node.target = target
     if promoted.dtype == wanted.dtype:
-        return
+        return node
     with gm.graph.inserting_after(node):
         cast = gm.graph.call_function(aten.to.dtype, (node, wanted.dtype))
     cast.meta = dict(node.meta)
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     node.meta["val"] = promoted
+    return cast
 
 
 def _by_storage(gm: GraphModule) -> dict[int, list[Node]]:
@@ -92,13 +133,19 @@ def _storage(value: Tensor) -> int:
     return StorageWeakRef(value.untyped_storage()).cdata
 
 
-def _check_aliases(node: Node, aliases: dict[int, list[Node]], order: dict[Node, int]) -> None:
+def _check_aliases(
+    node: Node,
+    aliases: dict[int, list[Node]],
+    order: dict[Node, int],
+    known: Node | None = None,
+) -> None:
+    """known: an alias whose later readers are taken care of."""
     written = node.args[0]
     assert isinstance(written, Node)
     for alias in aliases[_storage(written.meta["val"])]:
         if alias.op == "placeholder":
             raise Mutation(f"{node.target} writes to an input of the model", node)
-        if order.get(alias, order[node]) >= order[node]:
+        if alias is known or order.get(alias, order[node]) >= order[node]:
             continue
         for user in alias.users:
             if user is not node and order.get(user, 0) > order[node]:

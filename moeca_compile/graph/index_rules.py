@@ -2,6 +2,12 @@
 
 request  qkv.chunk(3, -1)[1] rows idx   ->  (qkv rows idx).chunk(3, -1)[1]      [B, n, D]
 request  table[ids [B, N]] rows idx     ->  table[ids rows idx]
+
+Along the token dim itself only what keeps the tokens together: a part of more rows, and joining
+the tokens with other rows. There a request moves on, and nothing is computed.
+
+request  joint[:, s:s + N] rows idx     ->  joint rows s + idx
+request  cat([text, x], 1) rows M + idx ->  x rows idx
 """
 
 from __future__ import annotations
@@ -11,13 +17,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from .layout import Layout, free, tags
+from .layout import Layout, free, tags, window
 from .rule_base import Rule, Stop, argument, require_free, rest_in_full, shape_of
 
 if TYPE_CHECKING:
     from .pull import RowPuller
 
 aten = torch.ops.aten
+JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default}
+PARTS = {aten.slice.Tensor, aten.narrow.default}
+SPLITS = {
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+}
 
 
 def on_free_dim(position: int, default: int, *, drops: bool = False) -> Rule:
@@ -36,11 +52,45 @@ def on_free_dim(position: int, default: int, *, drops: bool = False) -> Rule:
         if drops:
             out.insert(dim, free(shape[dim]))
         if tags(out[dim]):
-            raise Stop(f"{node.target} takes a part of the token rows")
+            begins = part_start(node) if node.target in PARTS else None
+            if begins is None:
+                raise Stop(f"{node.target} takes a part of the token rows")
+            return puller.pull(node.args[0], moved(layout, dim, shape[dim], begins))
         out[dim] = free(shape[dim])
         return rest_in_full(puller, node, tuple(out))
 
     return rule
+
+
+def part_start(node: Node, part: int = 0) -> int | None:
+    """Where a part of consecutive rows begins: of slice, narrow, and the parts of split and chunk.
+
+    None for ops that take something else.
+    """
+    if node.target is aten.slice.Tensor:
+        if argument(node, 4, "step", 1) != 1:
+            return None
+        size = shape_of(node.args[0])[argument(node, 1, "dim", 0)]
+        start = argument(node, 2, "start") or 0
+        return min(max(start + size if start < 0 else start, 0), size)
+    if node.target is aten.narrow.default:
+        start: Any = argument(node, 2, "start")
+        return start if isinstance(start, int) and start >= 0 else None
+    if node.target in SPLITS:
+        sizes = [int(v.shape[argument(node, 2, "dim", 0)]) for v in node.meta["val"]]
+        return sum(sizes[:part])
+    return None
+
+
+def moved(layout: Layout, dim: int, size: int, by: int) -> Layout:
+    """The layout in a value whose dim `dim` has `size` rows, `by` of them before this one's.
+
+    Raises Stop where the token rows share the dim with others.
+    """
+    factors = layout[dim]
+    if len(factors) != 1 or factors[0].tag != "n":
+        raise Stop("a part of rows merged with samples or heads")
+    return (*layout[:dim], window(size, factors[0].start + by), *layout[dim + 1 :])
 
 
 def repeat(puller: RowPuller, node: Node, layout: Layout) -> Any:
@@ -115,8 +165,10 @@ def joined(*, stacked: bool) -> Rule:
 
     def rule(puller: RowPuller, node: Node, layout: Layout) -> Any:
         dim = argument(node, 1, "dim", 0) % len(layout)
-        require_free(layout, [dim], "cat along the tokens")
         sources: Any = node.args[0]
+        if tags(layout[dim]) and not stacked:
+            return _from_part(puller, sources, layout, dim)
+        require_free(layout, [dim], "cat along the tokens")
         parts = []
         for x in sources:
             middle = () if stacked else (free(shape_of(x)[dim]),)
@@ -124,6 +176,18 @@ def joined(*, stacked: bool) -> Rule:
         return puller.call(node, (parts, dim), {})
 
     return rule
+
+
+def _from_part(puller: RowPuller, sources: list[Node], layout: Layout, dim: int) -> Any:
+    """Token rows that all come from one of the joined values."""
+    tokens, begins = puller.selection.space.tokens, 0
+    for x in sources:
+        size = shape_of(x)[dim]
+        start = layout[dim][0].start - begins
+        if start >= 0 and start + tokens <= size:
+            return puller.pull(x, moved(layout, dim, size, -begins))
+        begins += size
+    raise Stop("cat along the tokens, which come from several parts")
 
 
 def _padded_dims(node: Node) -> list[int]:

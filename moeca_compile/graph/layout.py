@@ -7,6 +7,7 @@ row-major order; a selection says which rows are wanted. `recut` moves a layout 
     [B, N, D]      (b,) (n,) (D,)          linear output
     [B, H, N, d]   (b,) (H,) (n,) (d,)     attention operand
     [T, D]         (b, n) (D,)             expert input
+    [B, M, D]      (b,) (n in M,) (D,)     rows of another stream behind or before the tokens
     selected per sample, idx [B, n']:  n -> n'           flat, rows [R]:  b -> 1, n -> R
 """
 
@@ -23,10 +24,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factor:
-    """One row-major factor of a dim. `tag` is "b" (sample), "n" (token) or None (free)."""
+    """One row-major factor of a dim. `tag` is "b" (sample), "n" (token) or None (free).
+
+    start: where the tokens begin in a dim that holds more rows than the tokens (joint streams).
+    """
 
     size: int
     tag: str | None = None
+    start: int = 0
 
 
 Dim = tuple[Factor, ...]
@@ -93,6 +98,16 @@ def row_layout(shape: Sequence[int], space: RowSpace) -> Layout | None:
     if len(shape) >= 1 and shape[0] == space.rows:
         return ((b, n), *free_layout(shape[1:]))
     return None
+
+
+def window(size: int, start: int) -> Dim:
+    """A dim of `size` rows in which the tokens begin at `start`."""
+    return (Factor(size, "n", start),)
+
+
+def is_windowed(layout: Layout, space: RowSpace) -> bool:
+    """Whether the value holds other rows besides the tokens."""
+    return any(f.tag == "n" and f.size != space.tokens for dim in layout for f in dim)
 
 
 def selected_shape(layout: Layout, selection: Selection) -> list[Any]:
@@ -190,6 +205,7 @@ def _gather_both(full: Tensor, layout: Layout, selection: Selection) -> Tensor:
     rest = [i for i in range(len(factors)) if i not in lead]
     split = full.reshape([f.size for f in factors]).permute(lead + rest)
     sample, token = selection.split_index()
+    token = token + factors[where["n"]].start
     picked = split[sample, token] if len(lead) == 2 else split[token]
     rest_sizes = [factors[i].size for i in rest]
     picked = picked.reshape([selection.sizes[t] for t in names] + rest_sizes)
@@ -215,7 +231,8 @@ def gather_operand(full: Tensor, own: Layout, result: Layout, selection: Selecti
     if not _alone(own[source]):
         raise ValueError(f"a lone {tag!r} row factor merged with others cannot be gathered")
     sample, token = selection.split_index()
-    index = (sample if tag == "b" else token).reshape(-1)
+    begins = next(f.start for f in own[source] if f.tag == tag)
+    index = ((sample if tag == "b" else token) + begins).reshape(-1)
     picked = full.index_select(source, index)
     if selection.per_sample:
         return _spread_samples(picked, source, result, selection)

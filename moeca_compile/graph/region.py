@@ -36,11 +36,21 @@ class RowRoot:
 
 
 @dataclass(frozen=True)
+class StreamPart:
+    """Rows [start, start + tokens) of an attention's output over several streams."""
+
+    node: Node
+    layout: Layout
+    space: RowSpace
+    start: int
+
+
+@dataclass(frozen=True)
 class AttentionRegion:
     """Attention from its output `root` to the `core` (SDPA or the product with V).
 
     key_value: K and V where their rows are the query's tokens. input: what the first projection of
-    the queries reads.
+    the queries reads. beside: rows of other streams from the same core, computed in full.
     """
 
     name: str
@@ -49,6 +59,7 @@ class AttentionRegion:
     core: Node
     key_value: tuple[RowRoot, ...]
     input: RowRoot
+    beside: tuple[StreamPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def module_path(node: Node) -> str:
         return node.name
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"^L\['(?:self|fn)'\]\.?|^self\.?", "", path)
-    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
+    path = re.sub(r"(?:__dict__\[')?_modules(?:'\])?\['([^']+)'\]", r"\1", path)
     path = re.sub(
         r"\._modules\.|\[(\d+)\]", lambda m: f".{m.group(1)}" if m.group(1) else ".", path
     )

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .index_rules import INDEX_RULES
-from .layout import Layout, align, free
+from .index_rules import INDEX_RULES, SPLITS, moved, part_start
+from .layout import Layout, align, free, tags
 from .product_rules import PRODUCT_RULES
 from .rule_base import (
     Rule,
@@ -111,9 +111,19 @@ def _channel_dims(node: Node) -> list[int]:
 
 
 def item_of_tuple(puller: RowPuller, node: Node, layout: Layout) -> Any:
-    """getitem of a multi-output op: the producer is pushed once, in the layout of this part."""
-    producer: Any = node.args[0]
-    return puller.pull(producer, layout)[node.args[1]]
+    """getitem of a multi-output op: the producer is pushed once, in the layout of this part.
+
+    A part of the token rows is not asked of the split, but of what it splits.
+    """
+    producer, part = cast(tuple[Node, int], node.args)
+    if producer.target in SPLITS:
+        source: Any = producer.args[0]
+        dim = argument(producer, 2, "dim", 0) % len(layout)
+        if tags(layout[dim]):
+            begins = part_start(producer, part)
+            assert begins is not None
+            return puller.pull(source, moved(layout, dim, shape_of(source)[dim], begins))
+    return puller.pull(producer, layout)[part]
 
 
 # Composite ops without the pointwise tag that work element by element in inference.

@@ -21,6 +21,7 @@ class AttentionFirst(ReuseLayer):
     """Needs a budget: a share of the branches and, alike, of the tokens."""
 
     def install(self) -> None:
+        self.put_off_other_streams()
         self.attended: TokenRows | None = None
         for attention in self.layer.attention:
             root = attention.root.root.node

@@ -10,6 +10,7 @@ the expert input; attention belongs to a MoE layer if only elementwise work lies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from ..graph.region import (
     module_path,
 )
 from ..graph.row_rules import VIEWS, shape_of
+from ..graph.streams import asked_by
 from ..torch_compat import leaves
 
 aten = torch.ops.aten
@@ -46,7 +48,7 @@ def match_regions(gm: GraphModule) -> Regions:
     routed = [n for n in gm.graph.nodes if n.target is routed_experts]
     drafts = [d for n in routed if (d := _draft_moe(n, attention, missed))]
     cuts = {d.routed for d in drafts} | {a.root.node for a in attention}
-    needed = needed_in_full(gm, drafts, cuts)
+    needed = needed_in_full(gm, drafts, cuts, attention)
     taken: set[Node] = set()
     regions = []
     for draft in drafts:
@@ -55,16 +57,37 @@ def match_regions(gm: GraphModule) -> Regions:
     roots = {r.routed for r in regions}
     roots |= {a.root.node for r in regions for a in r.attention}
     roots |= {s.node for r in regions for s in r.shared}
-    final = frozenset(needed_in_full(gm, regions, roots))
-    return Regions(tuple(regions), tuple(attention), tuple(missed), final)
+    paired = [a for r in regions for a in r.attention]
+    final = frozenset(needed_in_full(gm, regions, roots, paired))
+    # other streams of a paired core are computed in full, as they should be
+    beside = {a.root.node for a in attention if a.core in {p.core for p in paired}}
+    left = tuple(m for m in missed if m.kind != "attention" or m.node not in beside)
+    return Regions(tuple(regions), tuple(attention), left, final)
 
 
-def needed_in_full(gm: GraphModule, regions: list[MoERegion], cuts: set[Node]) -> set[Node]:
-    """Nodes a reuse step evaluates on all rows: everything but the inside of regions."""
+def needed_in_full(
+    gm: GraphModule,
+    regions: list[MoERegion],
+    cuts: set[Node],
+    joint: Sequence[AttentionRegion] = (),
+) -> set[Node]:
+    """Nodes a reuse step evaluates on all rows: everything but the inside of regions.
+
+    joint: attention whose other streams are computed without this one's query rows.
+    """
     seeds = [gm.graph.output_node()]
     for region in regions:
         seeds += [region.ids, region.weights, *region.rows]
-    return ancestors(seeds, stop=cuts)
+    parts = {p.node: p for a in joint for p in a.beside}
+    cached = {root.node for a in joint for root in a.key_value}
+    needed = ancestors(seeds, stop=cuts | parts.keys())
+    done: set[Node] = set()
+    while waiting := (parts.keys() & needed) - done:
+        asked = {n for part in waiting for n in asked_by(parts[part])} - cached
+        stops = cuts | parts.keys() | cached
+        needed |= (asked & stops) | (ancestors(asked - stops, stop=stops) - cached)
+        done |= waiting
+    return needed
 
 
 def _draft_moe(
@@ -73,7 +96,7 @@ def _draft_moe(
     _, ids, rows, params = routed.args
     name = module_path(routed)
     tokens, top_k = shape_of(ids)
-    found = _combine(routed, tokens, top_k)
+    found = find_combine(routed, tokens, top_k)
     if isinstance(found, NoMatch):
         missed.append(found)
         return None
@@ -92,7 +115,7 @@ def _draft_moe(
     )
 
 
-def _combine(routed: Node, tokens: int, top_k: int) -> tuple[Node, Node] | NoMatch:
+def find_combine(routed: Node, tokens: int, top_k: int) -> tuple[Node, Node] | NoMatch:
     """(combine node, router weights node): the product of branch outputs with [T, K] weights."""
 
     def miss(reason: str, node: Node) -> NoMatch:
@@ -166,18 +189,21 @@ def _pair_attention(
 ) -> MoERegion:
     before = ancestors([*draft.rows, draft.ids, draft.weights], stop=cuts)
     to_rows = ancestors(list(draft.rows), stop=cuts)
-    paired = []
-    for region in attention:
+    paired: list[AttentionRegion] = []
+    for region in reversed(attention):  # attention may feed the queries of another
         root = region.root.node
         if root not in before or root in taken:
             continue
-        reason = _unpairable(draft, region, to_rows, needed, cuts)
+        between = to_rows - {p.root.node for p in paired}
+        reason = _unpairable(draft, region, between, needed, cuts)
         if reason:
             missed.append(NoMatch("attention", region.name, reason, root))
             continue
+        if any(part.node in before for part in region.beside):
+            region = replace(region, beside=())  # routing waits for them: nothing can be put off
         taken.add(root)
         paired.append(region)
-    return replace(draft, attention=tuple(paired))
+    return replace(draft, attention=tuple(reversed(paired)))
 
 
 def _unpairable(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from ..graph.evaluate import Evaluator
 from ..graph.experts import SortedRows, sort_branches
 from ..graph.layout import Selection
 from ..graph.pull import RowPuller
+from ..graph.region import StreamPart
 from ..graph.row_cache import RowCache, padded_index
+from ..graph.streams import WholeRows
 from ..options import Options
 from ..runtime.telemetry import FIELDS
 from .cache_plan import LayerPlan
@@ -105,6 +108,19 @@ class ReuseLayer(ABC):
                 fresh = cache.to_rows(puller.pull(root.node, root.layout), rows.selection)
                 moeca.cache_write(self.inputs.caches[cache.name], rows.write_index, fresh)
                 self.evaluator.set(root.node, self.read(cache))
+
+    def put_off_other_streams(self) -> None:
+        """Rows of other streams from the same attention come after the cached keys and values."""
+        for attention in self.layer.attention:
+            root = attention.root.root.node
+            for part in attention.region.beside:
+                self.evaluator.replace(part.node, partial(self._compute_part, root, part))
+
+    def _compute_part(self, root: Node, part: StreamPart) -> None:
+        self.evaluator.value(root)
+        with set_current_meta(part.node):
+            rows = WholeRows(part, self.evaluator.value).rows()
+            self.evaluator.set(part.node, rows.reshape(part.node.meta["val"].shape))
 
     def drift(self, name: str, now: Tensor) -> Tensor:
         """Relative change [T] of rows `now [T, W]` since the token's row in cache `name`."""

@@ -22,6 +22,7 @@ class RouterFirst(ReuseLayer):
     """One selection of tokens per layer: those with a computed branch."""
 
     def install(self) -> None:
+        self.put_off_other_streams()
         for attention in self.layer.attention:
             self.evaluator.replace(attention.root.root.node, self._route)
         self.evaluator.replace(self.region.ids, self._route)

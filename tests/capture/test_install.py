@@ -72,14 +72,22 @@ def test_fullgraph_after_prepare_equals_eager(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refusals_name_reason_and_place_and_change_nothing(name: str) -> None:
+    """At most the root's forward is new: it lets Dynamo keep what the loops read on the host."""
     model = model_of(name)
     before = attributes(model)
     report = capture(model)
     assert report.installed == 0 and len(report.modules) == 3
     assert REFUSED[name] in report.modules[0].reason
     assert "models.py:" in report.modules[0].location
-    assert attributes(model) == before
     assert REFUSED[name] in str(report)
+    (whole,) = report.others
+    assert whole.accepted is (name == "CapacityLoop")
+    assert whole.accepted or "no whole graph" in whole.reason and "models.py:" in whole.reason
+    changed = attributes(model)
+    assert set(changed[0]) - set(before[0]) == ({"forward"} if whole.accepted else set())
+    assert changed[1:] == before[1:]
+    uninstall(model)
+    assert attributes(model) == before
 
 
 def test_training_mode_is_refused() -> None:

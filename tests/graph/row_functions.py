@@ -16,9 +16,21 @@ W = tensor(WIDTH, WIDTH, seed=1)
 BIAS = tensor(WIDTH, seed=2)
 POSITIONS = tensor(TOKENS, WIDTH, seed=3)
 MODULATION = tensor(SAMPLES, WIDTH, seed=4)
+TEXT = tensor(SAMPLES, 5, WIDTH, seed=12)
+JOINT_POSITIONS = tensor(1, 5 + TOKENS, WIDTH, seed=13)
 
 # name -> function of x [B, N, D] whose rows must go all the way to x, in both forms of selection.
 PUSHED: dict[str, Callable[[Tensor], Tensor]] = {
+    # rows of another stream beside the tokens
+    "text behind, sliced": lambda x: F.silu(torch.cat([F.linear(x, W), TEXT], 1))[:, :TOKENS],
+    "text in front, split": lambda x: F.linear(torch.cat([TEXT, x], 1), W).split([5, TOKENS], 1)[1],
+    "text in front, last rows": lambda x: F.silu(torch.cat([TEXT, x], 1))[:, -TOKENS:] * 2,
+    "joint positions": lambda x: (torch.cat([TEXT, x], 1) * JOINT_POSITIONS).narrow(1, 5, TOKENS),
+    "joint heads": lambda x: torch.cat([TEXT, x], 1)
+    .view(SAMPLES, -1, 2, WIDTH // 2)
+    .transpose(1, 2)[:, :, 5:]
+    .transpose(1, 2)
+    .flatten(2),
     # pointwise, with and without the tag
     "gelu": lambda x: F.gelu(x) + F.gelu(x, approximate="tanh"),
     "silu": lambda x: F.silu(x) * torch.sigmoid(1.702 * x) + F.softplus(x),

@@ -39,7 +39,24 @@ def view_before(x: Tensor, r: Tensor) -> Tensor:
     return h.reshape(-1)[:6] + first
 
 
-@pytest.mark.parametrize("function", [add, scatter, view_before])
+def through_select(x: Tensor, r: Tensor) -> Tensor:
+    h = x * 2
+    h[:, 0] = 1.0
+    h[1:, 1] *= r[1:, 0]
+    h[0, 2:] += 3
+    return h * 3
+
+
+def through_select_and_index(x: Tensor, r: Tensor) -> Tensor:
+    h = torch.zeros_like(x)
+    h[torch.tensor([1, 2]), 0] = 1.0
+    h[torch.tensor([0, 2])] = r[:2]
+    return h + x
+
+
+@pytest.mark.parametrize(
+    "function", [add, scatter, view_before, through_select, through_select_and_index]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_values_without_writes(function: Callable, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -72,6 +89,18 @@ def stale_view(x: Tensor, r: Tensor) -> Tensor:
     return h[:2] + first
 
 
+def stale_part(x: Tensor, r: Tensor) -> Tensor:
+    h = x * 2
+    first = h[:2]
+    h[1:, 1] *= r[1:, 0]
+    return h[:2] + first
+
+
+def part_of_input(x: Tensor, r: Tensor) -> Tensor:
+    x[:, 0] = 1.0
+    return x * r
+
+
 def through_dropout(x: Tensor, r: Tensor) -> Tensor:
     h = x * 2
     same = torch.nn.functional.dropout(h, 0.1, training=False)
@@ -90,6 +119,8 @@ def into_input(x: Tensor, r: Tensor) -> Tensor:
         (stale_view, "read again"),
         (through_dropout, "read again"),
         (into_input, "input of the model"),
+        (stale_part, "read again"),
+        (part_of_input, "input of the model"),
     ],
 )
 def test_refused(function: Callable, reason: str) -> None:

@@ -35,6 +35,10 @@ STOPPED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "token axis split": (lambda x: F.silu(x.view(2, 2, 3, 8)).reshape(2, 6, 8), "cuts through"),
     "tokens split": (
         lambda x: F.linear(torch.cat([x, x], 1)[:, 3:9], W),
+        "several parts",
+    ),
+    "every second row": (
+        lambda x: F.linear(torch.cat([x, x], 1), W)[:, ::2],
         "part of the token rows",
     ),
     "text and image joined": (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), "cat along"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from idioms.attention import ATTENTIONS
 from idioms.config import IdiomConfig
 from idioms.denoiser import Denoiser
-from idioms.dispatch import DISPATCHES
+from idioms.dispatch import DISPATCHES, EXPERT_CHOICE
 from idioms.experts import EXPERTS
 from idioms.routers import ROUTERS
 
@@ -26,6 +26,7 @@ __all__ = [
     "ATTENTIONS",
     "DISPATCHES",
     "EXPERTS",
+    "EXPERT_CHOICE",
     "ROUTERS",
     "IdiomConfig",
     "fill_random",
@@ -112,11 +113,16 @@ def _scaled(name: str, noise: Tensor) -> Tensor:
 
 
 def inputs(model: Denoiser, batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """One call's arguments: x [B, C, H, W], t [B] (all equal), y [B]."""
+    """One call's arguments: x [B, C, H, W], t [B] (all equal), y [B].
+
+    The last sample is unlabelled where the dispatch looks at labels.
+    """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     x = torch.randn(batch, config.channels, config.side, config.side, generator=generator)
     y = torch.randint(0, config.num_classes, (batch,), generator=generator)
+    if DISPATCHES[config.idiom].takes_labels:
+        y[-1] = config.num_classes
     return x, torch.full((batch,), 0.9), y
 
 

@@ -27,6 +27,7 @@ class IdiomConfig:
     num_classes: int = 10
     route_scale: float = 2.5
     capacity_factor: float = 3.0
+    choice_capacity: float = 2.0
 
     def __post_init__(self) -> None:
         if math.isqrt(self.tokens) ** 2 != self.tokens:

@@ -47,10 +47,12 @@ class Block(nn.Module):
         """Shift, scale, gate of attention, then of the experts, each [B, 1, D], from c [B, D]."""
         return self.modulation(F.silu(c)).unsqueeze(1).chunk(6, dim=-1)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, labels: Tensor | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulate(c)
         x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a)
-        return x + gate_m * self.moe(self.norm2(x) * (1 + scale_m) + shift_m)
+        rows = self.norm2(x) * (1 + scale_m) + shift_m
+        moe = self.moe(rows, labels) if self.moe.takes_labels else self.moe(rows)
+        return x + gate_m * moe
 
 
 class Denoiser(nn.Module):
@@ -87,5 +89,5 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         h, c = self.embed(x, t, y)
         for block in self.blocks:
-            h = block(h, c)
+            h = block(h, c, y)
         return self.finish(h, c)

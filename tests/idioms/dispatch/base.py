@@ -11,7 +11,12 @@ from idioms.routers import ROUTERS
 
 
 class MoELayer(nn.Module):
-    """Router, experts and shared experts; the subclasses write the dispatch."""
+    """Router, experts and shared experts; the subclasses write the dispatch.
+
+    takes_labels: `forward(x, labels [B])` instead of `forward(x)`.
+    """
+
+    takes_labels = False
 
     def __init__(self, config: IdiomConfig) -> None:
         super().__init__()
@@ -24,6 +29,10 @@ class MoELayer(nn.Module):
     def make_experts(self, config: IdiomConfig) -> nn.Module:
         make = EXPERTS[config.expert]
         return nn.ModuleList([make(config.dim, config.hidden) for _ in range(config.num_experts)])
+
+    def route(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids [T, K], no expert twice in a row of ids; for the reference."""
+        return self.router(rows)
 
     def one_expert(self, expert: int, rows: Tensor) -> Tensor:
         """Expert number `expert` on all of `rows [T, D]`; for the reference."""

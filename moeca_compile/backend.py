@@ -19,12 +19,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from .calibration.check import check_model
 from .capture import Phase, RootCall, RootRegistry, RootState, wrap_fragment
 from .capture.banks import find_banks
+from .capture.install import keeps_host_reads
 from .capture.recapture import Recapture
 from .capture.roots import entry_codes
 from .debug.dump import Dumper
 from .errors import UnsupportedError
+from .graph.gradients import strip_no_grad
 from .graph.retrace import Untraceable
 from .lowering.variants import Variants
 from .options import Options
@@ -33,6 +36,7 @@ from .pipeline import Analysis, analyse
 from .reasons import (
     NO_LAYER,
     changing_number,
+    first_line,
     unsupported,
     why_no_layer,
     why_refused,
@@ -41,7 +45,7 @@ from .reasons import (
 from .runtime.entry import CompiledEntry
 from .runtime.inputs import find_roles
 from .runtime.registry import REGISTRY, Settings
-from .torch_compat import guard_identity, inductor_fallback, mode_options, traced_frame
+from .torch_compat import OpenSize, guard_identity, inductor_fallback, mode_options, traced_frame
 
 log = logging.getLogger(__name__)
 ROOTS = RootRegistry()
@@ -81,6 +85,9 @@ def moeca(
     Raises OptionsError for bad options and, with `strict=True`, UnsupportedError where the graph
     cannot be cached.
     """
+    if torch.is_grad_enabled() and strip_no_grad(gm):
+        with torch.no_grad():
+            return torch.no_grad()(moeca(gm, example_inputs, options=options, mode=mode))
     given = {"mode": mode, "options": options}
     call = ROOTS.current_call()
     request = Request(
@@ -122,9 +129,21 @@ def _compile(
     found = reason or (NO_LAYER if dynamic else _entry(gm, inputs, request))
     if isinstance(found, str):
         _report_plain(found, request)
-        return inductor_fallback(gm, list(inputs), request.config)
+        return _plain(gm, inputs, request)
     _serve_only(request.root)
     return found
+
+
+def _plain(gm: GraphModule, inputs: Sequence[Any], request: Request) -> Callable[..., Any]:
+    """Plain Inductor. A graph with sizes known at run time only, which capture asked for, runs as
+    it is where Inductor cannot compile it."""
+    try:
+        return inductor_fallback(gm, list(inputs), request.config)
+    except Exception as error:
+        if not keeps_host_reads(request.root):
+            raise
+        log.warning("not compiled, the graph runs as it is: %s", first_line(error))
+        return gm.forward
 
 
 def _serve_only(root: nn.Module | None) -> None:
@@ -207,15 +226,24 @@ def _inductor_later(gm: GraphModule, request: Request) -> Callable[..., Any]:
 def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> CompiledEntry | str:
     """A cached entry, or why no pass found anything to do."""
     options, root = request.options, request.root
+    if options.policy_file is not None:
+        check_model(options.policy_file, root)
     dumper = Dumper.below(options.resolved_dump_dir, "graph")
     try:
         analysis = analyse(gm, inputs, options, dumper)
     except Untraceable as error:
         return str(error)
-    if not analysis.regions.moe and not analysis.normalized:
+    except Exception as error:  # a size known at run time only may stop any pass
+        if not keeps_host_reads(root) and not isinstance(error, OpenSize):
+            raise
+        return f"a graph with sizes known at run time only: {first_line(error)}"
+    dense = not analysis.regions.moe and not analysis.normalized
+    if dense and not _whole_step(analysis, options):
         return why_no_layer(analysis)
     roles = find_roles(analysis.aten, options.timestep)
     _check_timestep(roles.timestep, roles.names, analysis, options)
+    if reason := analysis.plan.histories.refused:
+        _report_refused(reason, request)
     variants = Variants(analysis, options, request.config, dumper)
     costs = count_costs(analysis.aten, analysis.plan, options)
     entry = CompiledEntry(variants, options, roles, costs, root)
@@ -223,6 +251,24 @@ def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> Compiled
         log.info("%s %s not cached: %s", miss.kind, miss.name, miss.reason)
     REGISTRY.add(root, entry, request.settings)
     return entry
+
+
+def _whole_step(analysis: Analysis, options: Options) -> bool:
+    """Whether a graph without experts is a denoiser of which whole steps can be forecast."""
+    frame = traced_frame()
+    piece = frame is not None and frame.breaks
+    if piece or not analysis.plan.variants:
+        return False
+    roles = find_roles(analysis.aten, options.timestep)
+    return roles.timestep is not None and roles.sample is not None
+
+
+def _report_refused(reason: str, request: Request) -> None:
+    options = request.options
+    message = f"policy {options.policy!r}: the model's output cannot be forecast: {reason}"
+    if options.strict:
+        raise UnsupportedError(f"strict=True: {message}; choose another policy")
+    log.warning(message)
 
 
 def _report_plain(reason: str, request: Request) -> None:
@@ -235,7 +281,9 @@ def _report_plain(reason: str, request: Request) -> None:
     refused = _refused(root)
     if reason == NO_LAYER and root is not None and find_banks(root):
         reason = wrong_mode(root) or reason  # the dispatch is captured in neither
-    if refused is not None:
+    if reason == NO_LAYER and (state := _with_refusals(root)) is not None:
+        reason = why_refused(state)
+    elif refused is not None:
         reason = why_refused(refused)
     elif reason == NO_LAYER and _has_more(root):
         log.debug("plain Inductor: %s", reason)
@@ -260,10 +308,18 @@ def _refused(root: nn.Module | None) -> RootState | None:
     return state if state is not None and state.phase is Phase.REFUSED else None
 
 
+def _with_refusals(root: nn.Module | None) -> RootState | None:
+    """The state of a model that comes as one graph although a dispatch could not be replaced."""
+    state = ROOTS.find(root) if root is not None else None
+    if state is None or state.phase is not Phase.CAPTURED or state.report is None:
+        return None
+    return state if any(not m.accepted for m in state.report.modules) else None
+
+
 def _check_timestep(
     found: int | None, names: Sequence[str], analysis: Analysis, options: Options
 ) -> None:
-    if found is not None or options.interval == 1 or not analysis.regions.moe:
+    if found is not None or options.interval == 1 or not analysis.plan.variants:
         return
     message = (
         f"no timestep among the tensor arguments {list(names)}: name it with "

@@ -21,9 +21,11 @@ from typing import Any
 
 from moeca_compile.errors import OptionsError, OptionsTypeError, name_nearest
 from moeca_compile.policies import POLICIES
+from moeca_compile.policies.predictors import PREDICTIONS
 
 DUMP_DIR_ENV = "MOECA_DUMP_DIR"
 SCORES = ("input_drift", "moeca")
+MAX_ORDER = 2
 ORDERS = ("attention_first", "router_first")
 
 
@@ -32,7 +34,8 @@ class Options:
     """All options of the backend. Wrong name, type or range: `OptionsError`, on construction."""
 
     policy: str = "moeca"
-    """Which rule decides what is recomputed. Default "moeca" (the paper's). A name, no unit."""
+    """What happens between refreshes: "auto", "moeca" (the paper's), "fora", "taylorseer",
+    "output_forecast", "teacache" or "duca". Default "moeca". A name, no unit."""
 
     interval: int = 4
     """Every `interval`-th step is a refresh; no cached row gets older than `interval - 1` steps.
@@ -70,6 +73,27 @@ class Options:
     "attention_first": attention of the most drifted tokens first, needs `budget`.
     Default "router_first", no unit (paper: synchronisation)."""
 
+    tolerance: float | None = None
+    """Bound that steers refreshes. "auto", "output_forecast": relative error of the forecast; None:
+    0.08 for "auto", a refresh every `interval` steps for "output_forecast". "teacache": summed
+    relative drift of the first block's input; None: 0.1. Default None, no unit (ours)."""
+
+    max_interval: int = 5
+    """With a tolerance, the longest distance between refreshes. Default 5, in steps (ours)."""
+
+    forecast_order: int | None = None
+    """Order of the polynomial that extrapolates, 0, 1 or 2. Default None: 1, "fora" always 0.
+    No unit (ours; TaylorSeer's order O)."""
+
+    prediction: str = "output"
+    """What is extrapolated to forecast the model's output: "output" itself, "clean" or "noise" of a
+    rectified flow, "response" (last output plus a gain times the sample's change), or "auto": what
+    was best at the last refresh. Default "output", no unit (ours)."""
+
+    corrector: bool = True
+    """Whether a refresh after skipped steps makes up for their error; see policies/output_forecast.
+    Default True, no unit (ours)."""
+
     warmup_steps: int = 0
     """The first steps of a generation that are always refreshed; the very first one always is.
     Default 0, in steps (ours)."""
@@ -86,16 +110,35 @@ class Options:
     """Folder for graph dumps after every stage. Default None: the environment variable
     MOECA_DUMP_DIR, and none without it. A path, no unit (ours)."""
 
+    policy_file: str | None = None
+    """A file that `moeca_compile.calibrate` wrote: its options hold where none are given.
+    Default None. A path, no unit (ours)."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Options:
         _refuse_unknown(kwargs)
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        object.__setattr__(made, "_given", frozenset(kwargs))
+        return made
 
     def __post_init__(self) -> None:
+        if self.policy_file is not None:
+            self._read_policy_file()
         self._choice("policy", POLICIES)
         self._choice("score", SCORES)
         self._choice("order", ORDERS)
+        self._choice("prediction", ("auto", *PREDICTIONS))
         self._integer("interval", at_least=1)
         self._integer("warmup_steps", at_least=0)
+        self._integer("max_interval", at_least=2)
+        if self.forecast_order is not None:
+            self._integer("forecast_order", at_least=0)
+            if self.forecast_order > MAX_ORDER:
+                raise OptionsError(
+                    f"option forecast_order: expected None or 0 to {MAX_ORDER}, "
+                    f"got {self.forecast_order}"
+                )
+        if self.tolerance is not None:
+            self._real("tolerance", "None or a number > 0", lambda v: v > 0)
         self._real("tau", "a finite number >= 0", lambda v: v >= 0)
         self._real("alpha", "a number in [0, 1]", lambda v: 0 <= v <= 1)
         self._real("beta", "a number in [0, 1)", lambda v: 0 <= v < 1)
@@ -120,6 +163,9 @@ class Options:
             return cls(**extra)
         if isinstance(options, Options):
             _refuse_unknown(extra)
+            if extra.get("policy_file") is not None:  # its options hold where none were given
+                given = {name: getattr(options, name) for name in options._given}  # type: ignore[attr-defined]
+                return cls(**{**given, **extra})
             return dataclasses.replace(options, **extra)
         if not isinstance(options, Mapping):
             raise OptionsTypeError(
@@ -141,10 +187,23 @@ class Options:
     def fingerprint(self) -> str:
         """Hex digest of every option that can change a result; the same in every process.
 
-        `dump_dir` is left out: it only decides where text is written.
+        `dump_dir` is left out: it only decides where text is written; `policy_file` too: what it
+        holds is in the other options.
         """
-        fields = {name: value for name, value in self.to_dict().items() if name != "dump_dir"}
+        paths = ("dump_dir", "policy_file")
+        fields = {name: value for name, value in self.to_dict().items() if name not in paths}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _read_policy_file(self) -> None:
+        if not isinstance(self.policy_file, (str, os.PathLike)):
+            raise _type_error("policy_file", "None or a path", self.policy_file)
+        from moeca_compile.calibration.policy_file import load  # most users have none
+
+        self._set("policy_file", os.fspath(self.policy_file))
+        options = load(self.policy_file).options
+        _refuse_unknown(options)
+        for name in options.keys() - getattr(self, "_given", frozenset()):
+            self._set(name, options[name])
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen: normalised once, in __post_init__ only
@@ -175,8 +234,9 @@ class Options:
         self._set(name, float(value))
 
     def _texts(self) -> None:
-        if not isinstance(self.strict, bool):
-            raise _type_error("strict", "True or False", self.strict)
+        for name in ("strict", "corrector"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise _type_error(name, "True or False", value)
         if self.timestep is not None and not isinstance(self.timestep, str):
             raise _type_error("timestep", "None or an argument's name", self.timestep)
         if self.timestep == "":

@@ -21,13 +21,25 @@ from .graph.retrace import AtenGraph, retrace
 from .options import Options
 from .passes.base import Pass, PassReport
 from .passes.cache_plan import CachePlan, plan_cache
+from .passes.constant_cumsum import ConstantCumsum
+from .passes.dense_selections import DenseSelections
+from .passes.distinct_experts import DistinctExperts
+from .passes.find_expert_choice import FindExpertChoice
 from .passes.match_regions import match_regions
 from .passes.normalize_experts import NormalizeExperts
 from .passes.normalize_gathered import NormalizeGathered
 from .passes.normalize_grouped import NormalizeGrouped
 from .passes.verify import verify
 
-PASSES: tuple[Pass, ...] = (NormalizeExperts(), NormalizeGathered(), NormalizeGrouped())
+PASSES: tuple[Pass, ...] = (
+    DenseSelections(),
+    FindExpertChoice(),
+    NormalizeExperts(),
+    NormalizeGathered(),
+    NormalizeGrouped(),
+    DistinctExperts(),
+    ConstantCumsum(),
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Analysis:
 
 def analyse(gm: GraphModule, values: Sequence[Any], options: Options, dumper: Dumper) -> Analysis:
     """Run every stage up to the cache plan. Raises Untraceable or PassError."""
+    dumper.reproducer(gm, values, options)
     dumper.graph("dynamo", gm)
     started = time.perf_counter()
     aten = retrace(gm, values)
@@ -63,9 +76,10 @@ def analyse(gm: GraphModule, values: Sequence[Any], options: Options, dumper: Du
         reports.append(report)
         dumper.graph(each.name, aten.gm, _since(started), f"{report.changed} changed")
     regions = match_regions(aten.gm)
-    plan = plan_cache(regions, options)
-    dumper.text("match_regions", region_table(regions, plan))
-    return Analysis(aten, regions, plan, tuple(reports))
+    plan = plan_cache(regions, aten, options)
+    found = Analysis(aten, regions, plan, tuple(reports))
+    dumper.regions(aten.gm, lambda: region_table(regions, plan), regions, found.missed)
+    return found
 
 
 def _since(started: float) -> float:

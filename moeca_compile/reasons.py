@@ -71,3 +71,9 @@ def why_refused(state: RootState) -> str:
         if not module.accepted:
             return f"{module.path}: {module.reason} ({module.location})"
     return state.reason
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

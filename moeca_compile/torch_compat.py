@@ -12,13 +12,18 @@ file to read and `tests/capture/test_torch_compat.py` one file to run.
     guard_identity(module)    -> bool         compiled code will serve no other module
     backend_settings(compiled) -> dict        what the user passed on to the backend
     compile_apart(f, backend) -> callable     torch.compile, its recompiles counted apart
+    trace_whole(m, backend)   -> callable     one call as one graph, for a check
+    without_kernels()         -> context      graphs run as they are where Inductor would compile
+    raise_recompile_limit()   -> callable     puts it back
+    is_compile_wrapper(f)     -> bool         f is another function, compiled
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -29,8 +34,11 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree
+
+# Raised where Python has to know a size that is known at run time only. Tested on torch 2.13.
+OpenSize = GuardOnDataDependentSymNode
 
 
 @torch.compiler.assume_constant_result
@@ -138,7 +146,8 @@ def traced_frame() -> TracedFrame | None:
     if why is None:
         return TracedFrame(code, False, "", graph)
     last = why.user_stack[-1] if why.user_stack else None
-    reason = f"{why.reason} at {last.filename}:{last.lineno}" if last is not None else why.reason
+    reason = why.reason.strip().split("\n")[0]
+    reason = f"{reason} at {last.filename}:{last.lineno}" if last is not None else reason
     return TracedFrame(code, bool(why.graph_break), reason, graph)
 
 
@@ -150,6 +159,64 @@ def compile_apart(module: torch.nn.Module, backend: Callable[..., Any]) -> Calla
     apart = {"isolate_recompiles": True}
     known = apart.keys() <= inspect.signature(torch.compile).parameters.keys()
     return torch.compile(module, backend=backend, **(apart if known else {}))  # type: ignore[call-overload]
+
+
+def _keep_host_reads() -> Any:
+    """A context for traced code in which `.item()`, `nonzero` and the like stay in the graph.
+
+    The settings of `fullgraph=True`, for one function. The second one has to be put on torch's list
+    for good: a frame that breaks makes the context anew. Tested on torch 2.13.
+    """
+    from torch._dynamo import decorators
+
+    names = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
+    allowed = decorators._allowed_config_patches
+    decorators._allowed_config_patches = tuple(dict.fromkeys((*allowed, *names)))
+    return decorators.patch_dynamo_config(dict.fromkeys(names, True))
+
+
+KEEP_HOST_READS = _keep_host_reads()
+
+
+def trace_whole(module: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """One call of `module` as a single graph or an error; nothing of it stays compiled.
+
+    Works inside of a running compiled call, though not inside a backend call. Tested on 2.13.
+    """
+    apart = {"isolate_recompiles": True}
+    known = apart.keys() <= inspect.signature(torch.compile).parameters.keys()
+    given = apart if known else {}
+    compiled = torch.compile(module, backend=backend, fullgraph=True, **given)  # type: ignore[call-overload]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        forward = module.forward.__func__  # type: ignore[attr-defined]
+        try:
+            with torch.compiler.set_stance("default"):
+                return compiled(*args, **kwargs)
+        finally:
+            reset_code(forward.__code__)
+
+    return call
+
+
+def gradient_switch(node: Node) -> bool | None:
+    """What a node of Dynamo's graph switches gradients to, None if it does not. Tested on 2.13."""
+    return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
+
+
+def is_compile_wrapper(function: Any) -> bool:
+    """Whether `torch.compile` made `function` of the one in its `__wrapped__`. Tested on 2.13."""
+    return hasattr(function, "_torchdynamo_orig_callable") and hasattr(function, "__wrapped__")
+
+
+def raise_recompile_limit() -> Callable[[], None]:
+    """No limit to how often one code object is compiled, until the result is called.
+
+    Tested on torch 2.13.
+    """
+    patch = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
+    patch.__enter__()
+    return lambda: patch.__exit__(None, None, None)
 
 
 def guard_identity(module: torch.nn.Module) -> bool:
@@ -183,6 +250,29 @@ def new_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
+_KERNELS = [True]
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, graphs run as they are where Inductor would compile them; not thread-safe.
+
+    For measuring images and counts, which need no kernels: `moeca quality --engine graph`.
+    Compilation is lazy: the block has to hold the calls, and what was compiled in it must not be
+    called behind it.
+    """
+    _KERNELS.append(False)
+    try:
+        yield
+    finally:
+        _KERNELS.pop()
+
+
+def compiles_kernels() -> bool:
+    """False inside of `without_kernels`."""
+    return _KERNELS[-1]
+
+
 def inductor(
     gm: GraphModule, inputs: list[Any], fake_mode: FakeTensorMode, config: dict[str, Any]
 ) -> Callable[..., Any]:
@@ -191,6 +281,8 @@ def inductor(
     A tracing context of its own keeps the caller's (Dynamo's) guards and shapes untouched.
     Tested on torch 2.13.
     """
+    if not compiles_kernels():
+        return gm
     from torch._inductor.compile_fx import compile_fx  # takes seconds: only when needed
 
     with torch.no_grad(), tracing(TracingContext(fake_mode)):
@@ -201,6 +293,8 @@ def inductor_fallback(
     gm: GraphModule, inputs: list[Any], config: dict[str, Any]
 ) -> Callable[..., Any]:
     """Plain Inductor on Dynamo's graph, inside the backend call. Tested on torch 2.13."""
+    if not compiles_kernels():
+        return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, inputs, config_patches=config)  # type: ignore[return-value]
@@ -256,6 +350,35 @@ def _captured(function: Any, name: str) -> Any:
     """The variable `name` that `function` closes over, or None."""
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     return function.__closure__[names.index(name)].cell_contents if name in names else None
+
+
+# Functions that torch.nn.functional re-exports under other names. Tested on torch 2.13.
+NATIVE_FUNCTIONS: Any = torch._C._nn  # type: ignore[attr-defined]
+
+
+def dispatched_name(target: Any) -> str:
+    """`aten.linear.default` of an operator, `moeca.expert_rows` of all its overloads; else "".
+
+    Tested on torch 2.13.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.replace("::", ".")
+    return ""
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace; `text` is called only while TORCH_TRACE is on.
+
+    Tested on torch 2.13.
+    """
+    torch._logging.trace_structured(  # type: ignore[reportPrivateImportUsage]
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        expect_trace_id=False,
+    )
 
 
 def mode_options(mode: str) -> dict[str, Any]:

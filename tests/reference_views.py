@@ -9,6 +9,7 @@ of the weights; casts to float32 inside the models' routers are left out on purp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ class BlockView(Protocol):
 class ModelView(Protocol):
     """A whole denoiser: embed, blocks, finish."""
 
-    blocks: list[BlockView]
+    @property
+    def blocks(self) -> Sequence[BlockView]: ...
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Token stream [B, N, D] and conditioning vector [B, D]."""
@@ -79,6 +81,7 @@ class IdiomBlockView:
         self.block = block
         self.num_experts = block.moe.num_experts
         self.top_k = block.moe.top_k
+        self.labels: Tensor | None = None  # of the call at hand
 
     def attention_input(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.block.modulate(c)[0:2]
@@ -98,7 +101,7 @@ class IdiomBlockView:
         return (self.block.norm2(x) * (1 + scale) + shift).flatten(0, 1)
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.block.moe.router(rows)
+        return self.block.moe.route(rows, self.labels)
 
     def expert(self, index: int, rows: Tensor) -> Tensor:
         return self.block.moe.one_expert(index, rows)
@@ -163,9 +166,11 @@ class FashionBlockView:
 class IdiomModelView:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.blocks: list[BlockView] = [IdiomBlockView(block) for block in model.blocks]
+        self.blocks = [IdiomBlockView(block) for block in model.blocks]
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            block.labels = y
         return self.model.embed(x, t, y)
 
     def finish(self, h: Tensor, c: Tensor) -> Tensor:

@@ -93,6 +93,25 @@ def select_by_budget(
     return mask.reshape(scores.shape)
 
 
+def score_branches(
+    share: Tensor,
+    matched: Tensor,
+    slot_weight: Tensor,
+    slot_norm: Tensor,
+    drift: Tensor,
+    samples: int,
+    score: str,
+    lambda_drift: float,
+    lambda_share: float,
+) -> Tensor:
+    """Score [T, K] in slot order as it is compared with tau_e; see `guard_branches`."""
+    if score == "input_drift":
+        scores = share * slot_norm * drift
+    else:
+        scores = paper_scores(share, slot_weight, slot_norm, lambda_drift, lambda_share)
+    return normalize_scores(scores, matched, samples)
+
+
 def guard_branches(
     ids: Tensor,
     weights: Tensor,
@@ -119,11 +138,9 @@ def guard_branches(
     current = to_slots(assign, weights)
     magnitude = current.float().abs()
     share = magnitude / magnitude.sum(1, keepdim=True).clamp(min=EPS)
-    if score == "input_drift":
-        scores = share * slot_norm * drift
-    else:
-        scores = paper_scores(share, slot_weight, slot_norm, lambda_drift, lambda_share)
-    scores = normalize_scores(scores, matched, samples)
+    scores = score_branches(
+        share, matched, slot_weight, slot_norm, drift, samples, score, lambda_drift, lambda_share
+    )
     limits = thresholds[now]
     if count is None:
         computed = ~matched | (scores > limits)

@@ -1,6 +1,6 @@
 """One compiled callable per variant of a step, made when it is first needed.
 
-Variants(analysis).get("reuse")(*model inputs, *caches, *counts) -> outputs, counters
+Variants(analysis).get("reuse")(*model inputs, *caches, *counts, *mix) -> outputs, counters
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..debug.dump import Dumper
 from ..options import Options
 from ..passes.insert_cache import VariantInputs, variant_outputs
 from ..pipeline import Analysis
-from ..torch_compat import inductor
+from ..torch_compat import compiles_kernels, inductor
 from .lower import lower, trace
 
 # Moving reads of a cache behind the writes would make Inductor clone the cache: keep the order.
@@ -37,7 +37,7 @@ class Variants:
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def get(self, variant: str) -> Callable[..., Any]:
-        """The compiled variant: "plain", "refresh" or "reuse"."""
+        """The compiled variant: one of insert_cache.VARIANTS, or "probe"."""
         found = self._compiled.get(variant)
         if found is None:
             started = time.perf_counter()
@@ -49,8 +49,12 @@ class Variants:
         """How many CPU count inputs the variant takes behind its caches."""
         return 1 if variant == "reuse" and self.options.budget is not None else 0
 
-    def lowered(self, variant: str) -> tuple[Any, list[Tensor]]:
-        """(graph, fake inputs) as handed to Inductor."""
+    def mixed(self, variant: str) -> int:
+        """How many coefficients of the policy the variant takes, as one float32 tensor."""
+        return self.analysis.plan.histories.coefficients(variant)
+
+    def dialect(self, variant: str) -> tuple[Any, list[Tensor]]:
+        """(graph, fake inputs) with the `moeca::` ops in it; it runs as it is, only slowly."""
         aten, plan = self.analysis.aten, self.analysis.plan
         holes = aten.placeholders
         fakes = [n.meta["val"] for n in holes]
@@ -63,26 +67,36 @@ class Variants:
                     torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype, device=spec.device)
                 )
             fakes += [torch.empty(len(plan.layers), 2, dtype=torch.int64)] * self.counts(variant)
+            if mixed := self.mixed(variant):
+                fakes.append(torch.empty(mixed, device=plan.device))
 
         def run(*args: Tensor) -> Any:
             caches = dict(zip((s.name for s in specs), args[len(holes) :], strict=False))
-            counts = args[len(holes) + len(specs) :]
-            extra = VariantInputs(caches, *counts)
+            rest = list(args[len(holes) + len(specs) :])
+            counts = rest.pop(0) if self.counts(variant) else None
+            extra = VariantInputs(caches, counts, rest[0] if rest else None)
             inputs = dict(zip(holes, args, strict=False))
-            outputs, counters = variant_outputs(aten.gm, plan, self.options, variant, inputs, extra)
-            return (*outputs, counters) if counters is not None else tuple(outputs)
+            outputs, found = variant_outputs(aten.gm, plan, self.options, variant, inputs, extra)
+            return (*outputs, found) if found is not None else tuple(outputs)
 
         started = time.perf_counter()
         dialect = trace(run, fakes, aten.fake_mode)
         elapsed = (time.perf_counter() - started) * 1e3
         self.dumper.graph(f"{variant}.dialect", dialect, elapsed)
+        return dialect, fakes
+
+    def lowered(self, variant: str) -> tuple[Any, list[Tensor]]:
+        """(graph, fake inputs) as handed to Inductor."""
+        dialect, fakes = self.dialect(variant)
         started = time.perf_counter()
-        graph = lower(dialect, fakes, aten.fake_mode)
+        graph = lower(dialect, fakes, self.analysis.aten.fake_mode)
         elapsed = (time.perf_counter() - started) * 1e3
         self.dumper.graph(f"{variant}.lowered", graph, elapsed)
         return graph, fakes
 
     def _compile(self, variant: str) -> Callable[..., Any]:
+        if not compiles_kernels():  # lowering doubles the time and would gain nothing
+            return self.dialect(variant)[0]
         graph, fakes = self.lowered(variant)
         config = {**KEEP_ORDER, **self._config} if variant == "reuse" else self._config
         return inductor(graph, fakes, self.analysis.aten.fake_mode, config)

@@ -9,15 +9,19 @@ The row behind the last takes the writes of padding rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
 from ..graph.region import AttentionRegion, MoERegion, Regions, RowRoot
+from ..graph.retrace import AtenGraph
 from ..graph.row_cache import RowCache
 from ..options import Options
+from ..policies import find_policy
+from ..policies.protocol import Kind, Stored
 from ..runtime.store import CacheLayout, CacheSpec
+from .histories import Histories, plan_histories
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,23 @@ class CachePlan:
     layers: tuple[LayerPlan, ...]
     layout: CacheLayout
     needed: frozenset[Node]  # nodes that a reuse step evaluates on all rows
+    stored: Stored = field(default_factory=lambda: Stored(rows=True))
+    histories: Histories = field(default_factory=Histories)
+
+    @property
+    def variants(self) -> frozenset[Kind]:
+        """What can run between two refreshes."""
+        possible: dict[Kind, bool] = {
+            "reuse": self.stored.rows and bool(self.layers),
+            "forecast": bool(self.histories.layers),
+            "skip": bool(self.histories.outputs),
+        }
+        return frozenset(kind for kind, found in possible.items() if found)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the caches live."""
+        return self.layout.specs[0].device
 
     @property
     def scratch(self) -> frozenset[str]:
@@ -86,12 +107,14 @@ class CachePlan:
 ROW_KINDS = ("branch", "norm", "attention", "key_value", "shared", "input")
 
 
-def plan_cache(regions: Regions, options: Options) -> CachePlan:
-    """Plan the caches of all MoE layers."""
+def plan_cache(regions: Regions, aten: AtenGraph, options: Options) -> CachePlan:
+    """Plan what the policy reads: rows of all MoE layers, outputs of layers and of the model."""
+    stored = find_policy(options.policy).stores(options)
     layers = tuple(_plan_layer(r, i, options) for i, r in enumerate(regions.moe))
-    return CachePlan(
-        layers, CacheLayout(s for layer in layers for s in _specs(layer)), regions.needed
-    )
+    specs = [s for layer in layers for s in _specs(layer)] if stored.rows else []
+    histories = plan_histories(regions, aten, stored)
+    layout = CacheLayout([*specs, *histories.specs])
+    return CachePlan(layers, layout, regions.needed, stored, histories)
 
 
 def _plan_layer(region: MoERegion, number: int, options: Options) -> LayerPlan:
@@ -133,10 +156,10 @@ def _specs(layer: LayerPlan) -> list[CacheSpec]:
     ]
     if layer.tracks_drift:
         specs.append(spec("slot_drift", (tokens, slots), torch.float32, "slot"))
-    for field in layer.input_fields:
+    for name in layer.input_fields:
         for i, rows in enumerate(region.rows):
             width = _val(rows).numel() // tokens
-            specs.append(spec(f"{field}{i}", (tokens + 1, width), _val(rows).dtype, "input"))
+            specs.append(spec(f"{name}{i}", (tokens + 1, width), _val(rows).dtype, "input"))
     for plan in layer.attention:
         specs.append(_row_spec(plan.root, "attention"))
         if plan.input is not None:

@@ -1,6 +1,6 @@
 """What one step and one row of each region costs, from the graph alone (fake tensors, no work).
 
-layer_costs(gm, plan) -> ([LayerCost per MoE layer], fixed FLOPs outside the layers' rows)
+count_costs(aten, plan, options) -> Costs(LayerCost per MoE layer, fixed FLOPs, forecast FLOPs)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..graph.experts import ExpertRows, SortedRows, per_expert
 from ..graph.region import RowRoot
 from ..graph.retrace import AtenGraph
 from ..options import Options
-from ..runtime.stats import LayerCost
+from ..runtime.stats import Costs, LayerCost
 from .cache_plan import CachePlan, LayerPlan
 from .insert_cache import VariantInputs, variant_outputs
 
@@ -41,14 +41,30 @@ FORMULAS = {
 }
 
 
-def count_costs(aten: AtenGraph, plan: CachePlan, options: Options) -> tuple[list[LayerCost], int]:
-    """Costs per layer (FLOPs per row) and what is left: FLOPs of everything outside the rows."""
+def count_costs(aten: AtenGraph, plan: CachePlan, options: Options) -> Costs:
+    """Costs per layer (FLOPs per row), of all outside the rows, and of a forecast step."""
     inputs = {n: n.meta["val"] for n in aten.placeholders}
     with aten.fake_mode, torch.no_grad(), _counter() as whole:
         variant_outputs(aten.gm, plan, options, "plain", inputs, VariantInputs({}))
     layers = [_layer_cost(aten, plan, layer) for layer in plan.layers]
     fixed = whole.get_total_flops() - sum(layer.full_flops for layer in layers)
-    return layers, max(0, round(fixed))
+    forecast = _count_forecast(aten, plan, options)
+    return Costs(tuple(layers), max(0, round(fixed)), forecast)
+
+
+def _count_forecast(aten: AtenGraph, plan: CachePlan, options: Options) -> int:
+    """FLOPs of a forecast step: everything but what attention and experts would have cost."""
+    if "forecast" not in plan.variants:
+        return 0
+    inputs = {n: n.meta["val"] for n in aten.placeholders}
+    with aten.fake_mode, torch.no_grad(), _counter() as counter:
+        caches = {
+            s.name: torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in plan.layout.specs
+        }
+        mix = torch.empty(plan.histories.coefficients("forecast"), device=plan.device)
+        extra = VariantInputs(caches, mix=mix)
+        variant_outputs(aten.gm, plan, options, "forecast", inputs, extra)
+    return counter.get_total_flops()
 
 
 def _counter() -> FlopCounterMode:

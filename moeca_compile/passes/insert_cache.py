@@ -1,12 +1,16 @@
 """The variants of a step, with explicit cache nodes around the matched regions.
 
-    plain    as written, experts grouped
-    refresh  as written + cache_fill / cache_write of everything a reuse step may read
-    reuse    expert_thresholds, guard_branches -> rows; region roots become cache_write of the
-             selected rows followed by cache_read
+    plain     as written, experts grouped
+    refresh   as written + cache_fill / cache_write of everything another variant may read
+    reuse     expert_thresholds, guard_branches -> rows; region roots become cache_write of the
+              selected rows followed by cache_read
+    forecast  outputs of attention and experts extrapolated, the rest as written (forecast.py)
+    skip      the model's outputs extrapolated (forecast.py)
+    probe     no step: how far the first layer's input has drifted (forecast.py)
 
 Each builder is run under tracing: `variant_outputs` evaluates the graph's outputs with the region
-roots replaced. Caches arrive by name as extra inputs; counters leave as an extra output.
+roots replaced. Caches arrive by name as extra inputs; what was counted or measured leaves as an
+extra output.
 """
 
 from __future__ import annotations
@@ -25,12 +29,20 @@ from ..graph.experts import sort_branches
 from ..options import Options
 from .attention_first import AttentionFirst
 from .cache_plan import CachePlan, LayerPlan
+from .forecast import (
+    finish_refresh,
+    hold_layers,
+    keep_layers,
+    probe_input,
+    skip_outputs,
+    update_layers,
+)
 from .reuse_layer import ReuseInputs, ReuseLayer
 from .router_first import RouterFirst
 from .run_experts import run_experts
 
 moeca = torch.ops.moeca
-VARIANTS = ("plain", "refresh", "reuse")
+VARIANTS = ("plain", "refresh", "reuse", "forecast", "skip")
 ORDERS: dict[str, type[ReuseLayer]] = {
     "router_first": RouterFirst,
     "attention_first": AttentionFirst,
@@ -42,10 +54,12 @@ class VariantInputs:
     """What a variant's traced function receives besides the model's own inputs.
 
     counts: CPU int64 [layers, 2] under a budget: branches and tokens of each sample to compute.
+    mix: float32 [n], what the policy mixes stored values by (`Policy.mix`).
     """
 
     caches: dict[str, Tensor]
     counts: Tensor | None = None
+    mix: Tensor | None = None
 
 
 def variant_outputs(
@@ -56,21 +70,53 @@ def variant_outputs(
     inputs: dict[Node, Any],
     extra: VariantInputs,
 ) -> tuple[list[Any], Tensor | None]:
-    """(the model's outputs, counters [layers, fields] or None), evaluated under tracing."""
+    """(the model's outputs, what a step counts or measures or None), evaluated under tracing.
+
+    reuse: int64 [layers, fields]. refresh with stored outputs: float32 [basis * basis]. probe: no
+    outputs, float32 [1].
+    """
+    if variant == "skip":
+        return skip_outputs(plan.histories, inputs, extra.caches, _mix(extra)), None
     evaluator = Evaluator(gm, inputs)
+    if variant == "probe":
+        return [], probe_input(plan.histories, evaluator, extra.caches)
+    reuse = _install(evaluator, plan, options, variant, extra)
+    # Layer by layer, so that the recursion never gets deeper than one layer.
+    for layer in plan.layers:
+        evaluator.value(layer.region.combine)
+    outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    if variant == "refresh" and plan.histories.outputs:
+        return finish_refresh(plan.histories, inputs, extra.caches, _mix(extra), outputs)
+    if variant != "reuse":
+        return outputs, None
+    update_layers(plan.histories, evaluator, extra.caches)
+    return outputs, torch.stack([r.counters() for r in reuse])
+
+
+def _mix(extra: VariantInputs) -> Tensor:
+    if extra.mix is None:
+        raise ValueError("variant: expected the policy's coefficients, got none")
+    return extra.mix
+
+
+def _install(
+    evaluator: Evaluator, plan: CachePlan, options: Options, variant: str, extra: VariantInputs
+) -> list[ReuseLayer]:
+    """Replace what the variant does not compute as written; the reuse layers, where it has any."""
     reuse: list[ReuseLayer] = []
+    if variant == "forecast":
+        hold_layers(plan.histories, evaluator, extra.caches, _mix(extra))
+        return reuse
     for number, layer in enumerate(plan.layers):
         if variant == "reuse":
             reuse.append(_reuse_layer(evaluator, layer, number, options, extra, plan.needed))
             reuse[-1].install()
         else:
-            _install_full(evaluator, layer, options, extra.caches if variant == "refresh" else None)
-    # Layer by layer, so that the recursion never gets deeper than one layer.
-    for layer in plan.layers:
-        evaluator.value(layer.region.combine)
-    outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
-    counters = torch.stack([r.counters() for r in reuse]) if reuse else None
-    return outputs, counters
+            stores = variant == "refresh" and plan.stored.rows
+            _install_full(evaluator, layer, options, extra.caches if stores else None)
+    if variant == "refresh":
+        keep_layers(plan.histories, evaluator, extra.caches)
+    return reuse
 
 
 def _reuse_layer(
@@ -97,7 +143,7 @@ def _install_full(
 
     def stored(cache_name: str, node: Node, to_rows: Callable[[Tensor], Tensor]) -> None:
         def build() -> None:
-            value = run_own(evaluator, node)
+            value = evaluator.run_own(node)
             evaluator.set(node, value)
             with set_current_meta(node):
                 moeca.cache_fill(caches[cache_name], to_rows(value))
@@ -109,14 +155,6 @@ def _install_full(
             stored(cache.name, cache.root.node, cache.to_rows)
     for cache in layer.shared:
         stored(cache.name, cache.root.node, cache.to_rows)
-
-
-def run_own(evaluator: Evaluator, node: Node) -> Any:
-    """A replaced node's own op."""
-    args = torch.fx.map_arg(node.args, evaluator.value)
-    kwargs = torch.fx.map_arg(node.kwargs, evaluator.value)
-    with set_current_meta(node):
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _route_all(

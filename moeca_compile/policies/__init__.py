@@ -1,4 +1,4 @@
-"""The policies by name. A new one is a class with the `Policy` protocol and a line here.
+"""The policies by name. A new one is a subclass of `Policy` and a line here.
 
 Options(policy="moeca")  ->  find_policy("moeca")  ->  MoecaPolicy
 """
@@ -6,10 +6,23 @@ Options(policy="moeca")  ->  find_policy("moeca")  ->  MoecaPolicy
 from __future__ import annotations
 
 from moeca_compile.errors import OptionsError, name_nearest
+from moeca_compile.policies.auto import AutoPolicy
+from moeca_compile.policies.duca import DucaPolicy
 from moeca_compile.policies.moeca import MoecaPolicy
+from moeca_compile.policies.output_forecast import OutputForecastPolicy
 from moeca_compile.policies.protocol import Policy
+from moeca_compile.policies.taylorseer import ForaPolicy, TaylorSeerPolicy
+from moeca_compile.policies.teacache import TeaCachePolicy
 
-POLICIES: dict[str, type[Policy]] = {"moeca": MoecaPolicy}
+POLICIES: dict[str, type[Policy]] = {
+    "auto": AutoPolicy,
+    "moeca": MoecaPolicy,
+    "fora": ForaPolicy,
+    "taylorseer": TaylorSeerPolicy,
+    "output_forecast": OutputForecastPolicy,
+    "teacache": TeaCachePolicy,
+    "duca": DucaPolicy,
+}
 
 
 def find_policy(name: str) -> type[Policy]:

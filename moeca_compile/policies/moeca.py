@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moeca_compile.policies.protocol import Decision
+from moeca_compile.policies.protocol import Decision, Policy
 
 if TYPE_CHECKING:
-    from moeca_compile.options import Options
     from moeca_compile.runtime.session import StepInfo
 
 
-class MoecaPolicy:
+class MoecaPolicy(Policy):
     """Never refreshes before the interval is over."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
 
     def choose(self, step: StepInfo, age: int) -> Decision:
         """Always reuse; see `Policy.choose`."""

@@ -1,21 +1,34 @@
 """What a policy is asked, and what it may answer.
 
-    step (which generation, lane, step), age of the lane's rows  ->  Decision("reuse", "policy")
+    stores(options)   what a refresh keeps for it: rows, layer outputs, model outputs
+    choose(step, age) -> Decision("skip", "policy")      one of the variants of a step
+    mix(step, kind)   -> (1.5, -0.5)                     numbers the variant's graph takes
+    measured(lane, numbers)                              what the last refresh's graph found
 
 A policy is only asked when rows may be read at all; it can ask for an earlier refresh, never for
-a later one: the controller owns the contracts "fresh" and "bounded".
+one later than `interval`: the controller owns the contracts "fresh" and "bounded". A policy holds
+numbers of the host, never a tensor.
+
+| kind     | computed                                    | read from the cache            |
+|----------|---------------------------------------------|--------------------------------|
+| plain    | everything                                  | nothing                        |
+| refresh  | everything, and stored                      | history, to measure forecasts  |
+| reuse    | selected rows of attention and experts      | the other rows                 |
+| forecast | what lies outside attention and experts     | layer outputs, extrapolated    |
+| skip     | nothing                                     | the model's output, extrapolated |
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from moeca_compile.options import Options
     from moeca_compile.runtime.session import StepInfo
 
-Kind = Literal["plain", "refresh", "reuse"]
+Kind = Literal["plain", "refresh", "reuse", "forecast", "skip"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +39,51 @@ class Decision:
     reason: str
 
 
-class Policy(Protocol):
-    """Built once per compiled entry; holds no tensor."""
+@dataclass(frozen=True)
+class Stored:
+    """What is kept between steps. rows: of tokens and branches, for "reuse". layers: outputs of
+    attention and experts at that many refreshes, for "forecast". outputs: outputs of the model,
+    and samples, at that many refreshes, for "skip". input: of the first layer, at the last step.
+    """
 
-    def __init__(self, options: Options) -> None: ...
+    rows: bool = False
+    layers: int = 0
+    outputs: int = 0
+    input: bool = False
+
+
+class Policy:
+    """Built once per compiled entry. Defaults: nothing but rows is kept, graphs take no numbers.
+
+    interval: calls from one refresh to the next at the latest. available: variants that the model
+    has caches for. probes: whether each step's first input is measured before it is chosen.
+    """
+
+    probes = False
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.interval = options.interval
+        self.available: frozenset[Kind] = frozenset()
+
+    @classmethod
+    def stores(cls, options: Options) -> Stored:
+        """What its variants read; decides which caches a lane gets."""
+        return Stored(rows=True)
 
     def choose(self, step: StepInfo, age: int) -> Decision:
-        """Refresh or reuse at `step`, with rows last refreshed `age + 1` steps ago."""
-        ...
+        """The variant of `step`, with rows last refreshed `age + 1` calls ago."""
+        raise NotImplementedError
+
+    def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
+        """Coefficients for the graph of the variant that runs; called once per cached step."""
+        return ()
+
+    def measured(self, lane: int, numbers: Sequence[float]) -> None:
+        """What the graph of the lane's last refresh found, read on the host one call later."""
+
+    def probed(self, lane: int, numbers: Sequence[float]) -> None:
+        """Relative change of the first layer's input since the lane's last call."""
+
+    def forget(self, lane: int | None = None) -> None:
+        """The rows of one lane, or of all of them, may not be read any more."""

@@ -5,7 +5,8 @@
                             runs    refresh  reuse  reuse  refresh  reuse
 
 `age` counts the calls of a lane since its last refresh, so the oldest row a reuse step can read
-was written `age + 1 <= interval - 1` calls ago (contract "bounded").
+was written `age + 1 <= interval - 1` calls ago (contract "bounded"; policies that steer their
+refreshes state an interval of their own, `max_interval`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _INTERVAL = Decision("refresh", "interval")
 class Controller:
     """Enforces the contracts "fresh" and "bounded", then asks the policy."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, available: frozenset[Kind] = frozenset()) -> None:
+        """available: variants between refreshes that the model has caches for."""
         self.options = options
         self.policy = find_policy(options.policy)(options)
+        self.policy.available = available
 
     def decide(self, step: StepInfo, age: int | None) -> Decision:
         """The variant to run.
@@ -36,13 +39,12 @@ class Controller:
         """
         if self.options.interval == 1:
             return PLAIN
-        if step.fresh:
-            return Decision("refresh", step.reason)
-        if age is None:
-            return _NO_ROWS
+        if step.fresh or age is None:
+            self.policy.forget(step.lane)
+            return Decision("refresh", step.reason) if step.fresh else _NO_ROWS
         if step.step < self.options.warmup_steps:
             return _WARMUP
-        if age + 1 >= self.options.interval:
+        if age + 1 >= self.policy.interval:
             return _INTERVAL
         return self.policy.choose(step, age)
 

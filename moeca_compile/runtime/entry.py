@@ -24,9 +24,10 @@ from ..options import Options
 from ..passes.reuse_layer import MIN_ROWS
 from ..policies.protocol import Decision
 from .controller import Controller, LaneAges
+from .history import History
 from .inputs import InputRoles
 from .session import SessionTracker, StepInfo
-from .stats import LayerCost, Stats
+from .stats import Costs, Stats
 from .store import CacheStore
 from .telemetry import Counters
 from .turns import ELSEWHERE, Turns
@@ -45,7 +46,7 @@ class CompiledEntry:
         variants: Variants,
         options: Options,
         roles: InputRoles,
-        costs: tuple[list[LayerCost], int],
+        costs: Costs,
         root: nn.Module | None,
     ):
         plan = variants.analysis.plan
@@ -55,21 +56,23 @@ class CompiledEntry:
         self.positions = [i.position for i in variants.analysis.aten.inputs]
         self.store = CacheStore(plan.layout)
         self.tracker = SessionTracker(on_evict=self._evict)
-        self.controller = Controller(options)
+        self.controller = Controller(options, plan.variants)
         self.ages = LaneAges()
         self.turns = Turns()  # the registry makes entries of one compiled model share theirs
-        self.counters = Counters(costs[0], costs[1])
+        self.counters = Counters(costs.layers, costs.fixed, costs.forecast)
+        self.history: History | None = None  # set while someone records
         self._names = tuple(s.name for s in plan.layout.specs)
         self._scratch = plan.scratch
         self._rows: dict[tuple[int, str], list[Tensor]] = {}
         self._counts = self._budget_counts() if options.budget is not None else []
+        self._measured: dict[int, Tensor] = {}  # by lane: read at its next call, not before
         self._weights: WeightVersion | None = None
         self._turn: int | None = None
         self.calls = 0
         self._told_training = False
         # Dynamo may keep compiled code, hence this object, long after the model is gone
         self._root = weakref.ref(root, lambda _: self.reset()) if root is not None else None
-        self._cached = bool(plan.layers) and options.interval > 1
+        self._cached = bool(plan.variants) and options.interval > 1
 
     @property
     def cache_bytes(self) -> int:
@@ -82,15 +85,26 @@ class CompiledEntry:
         training = self._training()
         if not self._cached or training:
             outputs = self.variants.get("plain")(*tensors)
-            self.counters.ran(TRAINING if training else NO_LAYERS)
+            self._count(TRAINING if training else NO_LAYERS)
             return outputs
         step = self._place(tensors)
         age = self.ages.started(step.lane)
+        self._measure(step, tensors)
         decision = self.controller.decide(step, age)
         outputs, counts = self._run(decision, step, tensors)
         self.ages.ran(step.lane, decision.kind, age)
-        self.counters.ran(decision, counts)
+        self._count(decision, counts, step)
         return outputs
+
+    def _count(
+        self, decision: Decision, counts: Tensor | None = None, step: StepInfo | None = None
+    ) -> None:
+        self.counters.ran(decision, counts)
+        if self.history is not None:
+            rows_kept = self.variants.analysis.plan.stored.rows
+            held = rows_kept and step is not None and step.lane in self.store.lanes
+            rows = self.store.tensors(step.lane) if step is not None and held else None
+            self.history.ran(decision, step, counts, rows)
 
     def stats(self) -> Stats:
         """Everything counted since the last reset."""
@@ -104,12 +118,28 @@ class CompiledEntry:
         """Forget rows, lanes and counts; compiled variants stay."""
         self.tracker.reset()
         self.counters.reset()
+        if self.history is not None:
+            self.history.clear()
         self.release()
+
+    def steer(self, options: Options) -> None:
+        """Go on with other options that the same graphs serve; rows and counts are forgotten.
+
+        Which options those are: calibration/measure.py, `graph_key`.
+        """
+        plan = self.variants.analysis.plan
+        self.options = options
+        self.controller = Controller(options, plan.variants)
+        self._counts = self._budget_counts() if options.budget is not None else []
+        self._cached = bool(plan.variants) and options.interval > 1
+        self.reset()
 
     def release(self) -> None:
         """Free the rows of all lanes; what was counted stays."""
         self.store.reset()
         self.ages.forget()
+        self.controller.policy.forget()
+        self._measured.clear()
         self._rows.clear()
 
     def _place(self, tensors: list[Tensor]) -> StepInfo:
@@ -138,10 +168,33 @@ class CompiledEntry:
         if step.new_generation:
             self.store.refill(step.lane, "spatial")
         rows = self._lane_rows(step.lane, decision.kind)
-        if decision.kind == "refresh":
-            return variant(*tensors, *rows), None
-        *outputs, counts = variant(*tensors, *rows, *self._counts)
-        return outputs, counts
+        mix = self._mix(decision, step)
+        if decision.kind == "reuse":
+            *outputs, counts = variant(*tensors, *rows, *self._counts)
+            return outputs, counts
+        outputs = variant(*tensors, *rows, *mix)
+        if decision.kind == "refresh" and mix:
+            *outputs, self._measured[step.lane] = outputs
+        return outputs, None
+
+    def _mix(self, decision: Decision, step: StepInfo) -> list[Tensor]:
+        """What the policy says of this step, as the variant's last input."""
+        mix = self.controller.policy.mix(step, decision.kind)
+        wanted = self.variants.mixed(decision.kind)
+        if not wanted:
+            return []
+        return [torch.tensor(mix, dtype=torch.float32, device=self.variants.analysis.plan.device)]
+
+    def _measure(self, step: StepInfo, tensors: list[Tensor]) -> None:
+        """Tell the policy what the lane's last refresh found; one small read of the device."""
+        policy = self.controller.policy
+        measured = self._measured.pop(step.lane, None)
+        if measured is not None and not step.fresh:
+            policy.measured(step.lane, measured.tolist())
+        if policy.probes and self.variants.analysis.plan.histories.input is not None:
+            probe = self.variants.get("probe")
+            (drift,) = probe(*tensors, *self._lane_rows(step.lane, "probe"))
+            policy.probed(step.lane, drift.tolist())
 
     def _lane_rows(self, lane: int, kind: str) -> list[Tensor]:
         """The lane's caches in order; a refresh writes whole tensors, without the padding row."""
@@ -183,5 +236,9 @@ class CompiledEntry:
     def _evict(self, lane: int) -> None:
         self.store.free(lane)
         self.ages.forget(lane)
+        self.controller.policy.forget(lane)
+        self._measured.pop(lane, None)
+        if self.history is not None:
+            self.history.evicted(lane)
         for key in [k for k in self._rows if k[0] == lane]:
             del self._rows[key]

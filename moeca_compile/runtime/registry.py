@@ -32,6 +32,14 @@ class _Opened:
         return self.settings is None or settings is None or self.settings == settings
 
 
+@dataclass(frozen=True)
+class _Watch:
+    """Someone who wants every entry of one compilation of a root; settings as in `_Opened`."""
+
+    settings: Settings | None
+    attach: Callable[[CompiledEntry], None]
+
+
 @dataclass
 class Registry:
     """Entries per root; `orphans` were compiled from something that leads to no module.
@@ -48,6 +56,10 @@ class Registry:
         default_factory=weakref.WeakKeyDictionary
     )
 
+    _watches: weakref.WeakKeyDictionary[nn.Module, list[_Watch]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+
     def add(self, root: nn.Module | None, entry: CompiledEntry, settings: Settings) -> None:
         """Remember an entry of `root`, compiled with `settings`."""
         if root is None:
@@ -58,6 +70,9 @@ class Registry:
             if given == settings:
                 entry.turns = other.turns
         known.append((settings, entry))
+        for watch in self._watches.get(root, []):
+            if watch.settings is None or watch.settings == settings:
+                watch.attach(entry)
         for opened in self._open.get(root, []):
             if opened.overlaps(settings):
                 opened.stack.enter_context(entry.tracker.generation())
@@ -111,6 +126,22 @@ class Registry:
             for entry in self.entries_of(compiled):
                 stack.enter_context(entry.tracker.generation())
             yield
+
+    @contextmanager
+    def attached(
+        self, compiled: nn.Module | Callable[..., Any], attach: Callable[[CompiledEntry], None]
+    ) -> Iterator[None]:
+        """Hand all entries of `compiled` to `attach`, those compiled meanwhile included."""
+        root = self._root(compiled)
+        watches = self._watches.setdefault(root, [])
+        watch = _Watch(backend_settings(compiled), attach)
+        for entry in self.entries_of(compiled):
+            attach(entry)
+        watches.append(watch)
+        try:
+            yield
+        finally:
+            watches.remove(watch)
 
     def clear(self) -> None:
         """Forget all entries (torch._dynamo.reset())."""

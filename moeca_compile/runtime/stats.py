@@ -43,6 +43,15 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """FLOPs of a graph. fixed: outside the layers' rows. forecast: all of a forecast step."""
+
+    layers: tuple[LayerCost, ...]
+    fixed: float = 0.0
+    forecast: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerStats:
     """One layer's totals over all steps. `unmatched` and `dropped` occur on reuse steps only."""
 
@@ -62,15 +71,19 @@ class LayerStats:
 class Stats:
     """Totals since the last reset. Frozen; counted from what ran.
 
-    fixed_flops: spent outside the layers' rows, in full at every step. cache_bytes: held now.
-    reasons: why refresh steps were refreshes. events: notable happenings, oldest first.
+    fixed_flops: spent outside the layers' rows; fixed_flops_full: what that costs without caching.
+    cache_bytes: held now. reasons: why refresh steps were refreshes. events: notable happenings,
+    oldest first.
     """
 
     plain_steps: int = 0
     refresh_steps: int = 0
     reuse_steps: int = 0
+    forecast_steps: int = 0
+    skip_steps: int = 0
     layers: tuple[LayerStats, ...] = ()
     fixed_flops: float = 0.0
+    fixed_flops_full: float = 0.0
     cache_bytes: int = 0
     generations: int = 0
     lanes: int = 0
@@ -80,7 +93,8 @@ class Stats:
     @property
     def steps(self) -> int:
         """Calls of the denoiser, of every kind."""
-        return self.plain_steps + self.refresh_steps + self.reuse_steps
+        computed = self.plain_steps + self.refresh_steps + self.reuse_steps
+        return computed + self.forecast_steps + self.skip_steps
 
     @property
     def branches_total(self) -> int:
@@ -115,7 +129,7 @@ class Stats:
     @property
     def flops_full(self) -> float:
         """What the same steps cost without caching."""
-        return self.fixed_flops + sum(layer.flops_full for layer in self.layers)
+        return self.fixed_flops_full + sum(layer.flops_full for layer in self.layers)
 
     @property
     def flops_computed(self) -> float:
@@ -137,10 +151,14 @@ class Stats:
         }
         return {**fields, **{name: getattr(self, name) for name in _TOTALS}}
 
+    def _kinds(self) -> str:
+        counted = {kind: getattr(self, f"{kind}_steps") for kind in _KINDS}
+        return ", ".join(f"{kind} {n}" for kind, n in counted.items() if n) or "none"
+
     def __str__(self) -> str:
         head = [
-            f"steps {self.steps}: refresh {self.refresh_steps}, reuse {self.reuse_steps}, "
-            f"plain {self.plain_steps}; generations {self.generations}, lanes {self.lanes}",
+            f"steps {self.steps}: {self._kinds()}; generations {self.generations}, "
+            f"lanes {self.lanes}",
             f"branches computed {_share(self.branches_computed, self.branches_total)}, "
             f"tokens attended {_share(self.tokens_attended, self.tokens_total)}, "
             f"FLOPs / {self.speedup_flops:.2f}, cache {self.cache_bytes / 2**20:.1f} MiB",
@@ -152,6 +170,7 @@ class Stats:
         return "\n".join([*head, table, *self.events]).rstrip()
 
 
+_KINDS = ("refresh", "reuse", "forecast", "skip", "plain")
 _TOTALS = tuple(name for name, value in vars(Stats).items() if isinstance(value, property))
 
 
@@ -165,8 +184,11 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
         plain_steps=sum(part.plain_steps for part in parts),
         refresh_steps=sum(part.refresh_steps for part in parts),
         reuse_steps=sum(part.reuse_steps for part in parts),
+        forecast_steps=sum(part.forecast_steps for part in parts),
+        skip_steps=sum(part.skip_steps for part in parts),
         layers=tuple(layers.values()),
         fixed_flops=sum(part.fixed_flops for part in parts),
+        fixed_flops_full=sum(part.fixed_flops_full for part in parts),
         cache_bytes=sum(part.cache_bytes for part in parts),
         generations=sum(part.generations for part in parts),
         lanes=sum(part.lanes for part in parts),

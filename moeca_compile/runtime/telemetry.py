@@ -3,8 +3,9 @@
     reuse graph -> int64 [layers, len(FIELDS)]  --add_, on its device, no host sync-->  [L, F]
     Counters.stats() -> one read, folded with the steps into a frozen Stats (report.py)
 
-Refresh and plain steps compute everything and count in full. Sums are kept, not the tensors
-themselves: under CUDA graphs the next replay overwrites them, and memory stays bounded.
+Refresh and plain steps compute everything and count in full; forecast and skipped ones no row. Sums
+are kept, not the tensors themselves: under CUDA graphs the next replay overwrites them, and memory
+stays bounded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeca_compile.policies.protocol import Decision
+from moeca_compile.policies.protocol import Decision, Kind
 from moeca_compile.runtime.stats import LayerCost, LayerStats, Stats
 
 # attention_run, shared_run: rows really computed, padding included.
@@ -35,17 +36,24 @@ class Counters:
     """Running totals of one compiled entry.
 
     layers: one cost per MoE layer, in the row order of what reuse graphs return. fixed_flops: what
-    every step spends outside the layers' rows.
+    every step that computes rows spends outside them. forecast_flops: all that a forecast step
+    spends; a skipped one spends nothing.
     """
 
-    def __init__(self, layers: Sequence[LayerCost], fixed_flops: float = 0.0) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerCost],
+        fixed_flops: float = 0.0,
+        forecast_flops: float = 0.0,
+    ) -> None:
         self.layers = tuple(layers)
         self.fixed_flops = fixed_flops
+        self.forecast_flops = forecast_flops
         self.reset()
 
     def reset(self) -> None:
         """Start counting at zero."""
-        self._plain = self._refresh = self._reuse = 0
+        self._steps: Counter[Kind] = Counter()
         self._reasons: Counter[str] = Counter()
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
         self._sums: dict[torch.device, Tensor] = {}
@@ -60,12 +68,9 @@ class Counters:
             raise ValueError(f"counters: counts go with reuse steps only, got {decision.kind!r}")
         if counts is not None:
             self._add(counts)
-            self._reuse += 1
-        elif decision.kind == "refresh":
-            self._refresh += 1
+        self._steps[decision.kind] += 1
+        if decision.kind == "refresh":
             self._reasons[decision.reason] += 1
-        else:
-            self._plain += 1
 
     def event(self, text: str) -> None:
         """Note something worth reading later; the last MAX_EVENTS are kept."""
@@ -74,18 +79,22 @@ class Counters:
     def stats(self, *, cache_bytes: int = 0, generations: int = 0, lanes: int = 0) -> Stats:
         """Everything counted so far; the only place that waits for the device."""
         folded = self._fold()
-        full_steps = self._plain + self._refresh
+        steps = self._steps
+        full_steps = steps["plain"] + steps["refresh"]
+        computed = full_steps + steps["reuse"]
         rows = tuple(
-            _layer_stats(cost, full_steps, self._reuse, counted)
+            _layer_stats(cost, full_steps, steps.total(), counted)
             for cost, counted in zip(self.layers, folded)
         )
-        fixed = self.fixed_flops * (full_steps + self._reuse)
         return Stats(
-            plain_steps=self._plain,
-            refresh_steps=self._refresh,
-            reuse_steps=self._reuse,
+            plain_steps=steps["plain"],
+            refresh_steps=steps["refresh"],
+            reuse_steps=steps["reuse"],
+            forecast_steps=steps["forecast"],
+            skip_steps=steps["skip"],
             layers=rows,
-            fixed_flops=fixed,
+            fixed_flops_full=self.fixed_flops * steps.total(),
+            fixed_flops=self.fixed_flops * computed + self.forecast_flops * steps["forecast"],
             cache_bytes=cache_bytes,
             generations=generations,
             lanes=lanes,
@@ -115,18 +124,19 @@ class Counters:
         return folded.tolist()
 
 
-def _layer_stats(cost: LayerCost, full: int, reuse: int, counted: Sequence[int]) -> LayerStats:
+def _layer_stats(cost: LayerCost, full: int, steps: int, counted: Sequence[int]) -> LayerStats:
+    """full: steps that computed every row, of all `steps`."""
     count = dict(zip(FIELDS, counted))
     return LayerStats(
         name=cost.name,
-        branches_total=cost.branches * (full + reuse),
+        branches_total=cost.branches * steps,
         branches_computed=cost.branches * full + count["branches_computed"],
-        tokens_total=cost.tokens * (full + reuse),
+        tokens_total=cost.tokens * steps,
         tokens_attended=cost.tokens * full + count["tokens_attended"],
         shared_rows=cost.shared_rows * full + count["shared_rows"],
         unmatched=count["unmatched"],
         dropped=count["dropped"],
-        flops_full=cost.full_flops * (full + reuse),
+        flops_full=cost.full_flops * steps,
         flops_computed=cost.full_flops * full
         + cost.branch_flops * count["branches_computed"]
         + cost.token_flops * count["attention_run"]

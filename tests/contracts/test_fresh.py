@@ -76,6 +76,19 @@ def test_another_lane_and_back(warm: Shared) -> None:
     assert_reused(run(compiled, *calls[2]), model, *calls[2])
 
 
+def test_a_sample_that_loses_its_label(graph_level: None) -> None:
+    """I4 routes unlabelled samples by their label alone; the next call is another lane."""
+    model = make("I4", depth=1)
+    calls = trajectory(model, 6, dx=0.05)
+    compiled = compile_model(model, calls[0], interval=8)
+    assert run(compiled, *calls[0]).kind == "refresh"
+    assert_reused(run(compiled, *calls[1]), model, *calls[1])
+    x, t, y = calls[2]
+    swapped = (x, t, y.flip(0))
+    assert_fresh(run(compiled, *swapped), model, *swapped)
+    assert_reused(run(compiled, *calls[3]), model, *calls[3])
+
+
 def test_guidance_in_two_calls_reuses_in_both_lanes(warm: Shared) -> None:
     model, compiled, calls = warm
     moeca_compile.reset(compiled)

@@ -17,7 +17,9 @@ from idioms import make, trajectory
 TOKENS = 32  # 2 samples x 16
 
 
-@pytest.fixture(scope="module", params=["router_first", "attention_first"])
+@pytest.fixture(
+    scope="module", params=["router_first", pytest.param("attention_first", marks=pytest.mark.slow)]
+)
 def reuse_code(request: pytest.FixtureRequest) -> tuple[str, dict[str, tuple[int, ...]]]:
     """(the `call` function Inductor generates for a reuse step, shapes of the row caches)."""
     torch._dynamo.reset()

@@ -30,7 +30,13 @@ def case_name(case: tuple) -> str:
     return f"{case[0]}-{case[1]}-{'-'.join(map(str, case[2].values()))}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case_name(case), marks=() if case[0] == "I1" else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_counts_are_those_of_the_rows_that_changed(graph_level: None, case: tuple) -> None:
     idiom, top_k, options = case
     model = make(idiom, top_k=top_k, depth=2, shared=1)

@@ -25,6 +25,10 @@ CASES = [
     ("I2", "sigmoid", "swiglu", 4, 1, "sdpa"),
     ("I8", "softmax_renorm", "swiglu", 2, 1, "rope"),
     ("I8", "topk_softmax", "mlp", 4, 0, "manual"),
+    ("I3", "softmax", "mlp", 2, 1, "manual"),
+    ("I4", "softmax", "mlp", 1, 1, "sdpa"),
+    ("I4", "softmax", "swiglu", 2, 0, "rope"),
+    ("I4", "softmax", "mlp", 3, 1, "sdpa"),
 ]
 RULES = [
     {"score": score, "budget": budget}

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 import moeca_compile
 import moeca_compile.backend as backend_module
 from examples.fashion_ditmoe.model import load_model
+from idioms import make
 
 FASHION = Path(__file__).parents[2] / "examples" / "fashion_ditmoe"
 STEPS = 8
@@ -99,6 +100,11 @@ def unseen() -> tuple[nn.Module, tuple[int, ...]]:
     return ThreeLayers().eval(), (2, 16, 16)
 
 
+def labelled() -> tuple[nn.Module, tuple[int, ...]]:
+    """Python branches on masks and rows picked by masks in the router, a loop over experts."""
+    return make("I4"), (2, 3, 8, 8)
+
+
 def trained() -> tuple[nn.Module, tuple[int, ...]]:
     return load_model(FASHION), (2, 1, 32, 32)
 
@@ -112,7 +118,7 @@ def generate(denoise: Callable[..., Tensor], shape: tuple[int, ...], seed: int) 
     return x
 
 
-@pytest.mark.parametrize("make_model", [unseen, trained], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make_model", [unseen, labelled, trained], ids=lambda f: f.__name__)
 def test_one_graph_and_nothing_compiled_after_the_first_generation(
     plain_graphs: list[str], monkeypatch: pytest.MonkeyPatch, make_model: Callable
 ) -> None:
@@ -152,4 +158,4 @@ def test_one_graph_and_nothing_compiled_after_the_first_generation(
     report = moeca_compile.explain(compiled, x, torch.full((shape[0],), 0.5), y)
     assert report.graph_breaks == 0
     assert [r.matched for r in report.regions] == [True] * 2 * len(stats.layers)
-    assert len(stats.layers) == (3 if make_model is unseen else 6)
+    assert len(stats.layers) == {unseen: 3, labelled: 2, trained: 6}[make_model]

@@ -1,0 +1,196 @@
+"""Skip whole steps: the model's output is extrapolated, refreshes come when the error asks.
+
+    refresh refresh refresh skip refresh skip skip refresh skip skip skip ...
+    at a refresh: error e of the forecast, then  gap <- gap * min(2, sqrt(tolerance / e))
+
+Between refreshes nothing of the model runs. The gap control is that of step sizes of ODE solvers
+(Hairer, Norsett, Wanner, Solving ODEs I, II.4) with exponent 1/2: the error of a linear forecast
+grows with the square of the gap. Output forecasts: TaylorSeer (arXiv 2503.06923) on the last layer.
+
+The corrector: when the refresh at t_n is known, the outputs of the skipped steps are better known
+too, by interpolation. What the sampler was handed wrongly, sum_i dt_i (v_i - used_i), is added to
+the output of the refresh, divided by its own step: the sampler then is where it would have been,
+up to second order, as with the corrector of a multistep method (ibid., III.1). It holds for
+samplers that step along the output (Euler, DDIM and their like) and is left out where the sampler
+adds noise, evaluates a step twice, or changes its step width by more than MAX_STEP_RATIO.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moeca_compile.policies.predictors import PREDICTIONS, Gram, Predictor, make_predictor
+from moeca_compile.policies.protocol import Decision, Kind, Policy, Stored
+from moeca_compile.policies.taylorseer import abscissa
+from moeca_compile.policies.trail import Trail
+
+if TYPE_CHECKING:
+    from moeca_compile.options import Options
+    from moeca_compile.runtime.session import StepInfo
+
+MAX_GROWTH = 2.0  # of the gap from one refresh to the next
+MAX_STEP_RATIO = 2.0  # of two steps' widths for the corrector to hold
+NOISE_ALIGNMENT = 0.5  # cosine of two moves of the sample: below, the sampler adds noise
+DEFAULT_ORDER = 1
+
+
+@dataclass
+class LaneForecast:
+    """Numbers of one lane. gap: calls from the last refresh to the next. skipped: (time, weights of
+    the stored outputs) since the last refresh. asked: the predictors as of the last refresh."""
+
+    trail: Trail
+    refreshes: int = 0
+    gap: float = 1.0
+    calls: int = 0  # since the last refresh
+    skipped: list[tuple[float, Predictor]] = field(default_factory=list)
+    asked: dict[tuple[str, int], Predictor] = field(default_factory=dict)
+    chosen: tuple[str, int] | None = None
+    error: float = math.nan
+    gain: float = 0.0
+    noisy: bool | None = None  # whether the sampler adds noise; None: not known yet
+    repeats: bool = False  # a timestep was evaluated twice
+
+
+class OutputForecastPolicy(Policy):
+    """options.tolerance: bound of a forecast's relative error; None: every `interval` calls."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.tolerance = options.tolerance
+        self.order = DEFAULT_ORDER if options.forecast_order is None else options.forecast_order
+        if self.tolerance is not None:
+            self.interval = options.max_interval
+        self._depth = self.stores(options).outputs
+        # one to start from, one for the slope, one that tells whether the sampler adds noise
+        self._needed = 3
+        self._lanes: dict[int, LaneForecast] = {}
+
+    @classmethod
+    def stores(cls, options: Options) -> Stored:
+        """One output more than the order needs, at least two: they tell whether moves align."""
+        order = DEFAULT_ORDER if options.forecast_order is None else options.forecast_order
+        return Stored(outputs=max(2, order + 1))
+
+    def choose(self, step: StepInfo, age: int) -> Decision:
+        """Skip while the gap lasts and there are refreshes enough for the order."""
+        lane = self._lane(step.lane)
+        if lane.refreshes < self._needed:
+            return Decision("refresh", "history")
+        if lane.calls + 1 >= round(lane.gap):
+            return Decision("refresh", "error_bound" if self.tolerance is not None else "interval")
+        if self._predictor(lane, abscissa(step)) is None:
+            return Decision("refresh", "no_forecast")
+        return self.between(lane)
+
+    def between(self, lane: LaneForecast) -> Decision:
+        """The variant of a step between two refreshes."""
+        return Decision("skip", "policy")
+
+    def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
+        """refresh: corrector [1 + outputs], of the new output and the stored ones.
+        skip: predictor [2 * outputs + 1], see `Predictor.mix`."""
+        lane, now = self._lane(step.lane), abscissa(step)
+        lane.repeats |= step.reason == "same_step"
+        if kind != "refresh":
+            return self._advance(lane, now, kind)
+        corrected = self._correction(lane, now)
+        lane.asked = self._candidates(lane, now)
+        if self.tolerance is None:
+            lane.gap = float(self.options.interval)
+        lane.trail.add(now)
+        lane.refreshes += 1
+        lane.calls = 0
+        lane.skipped.clear()
+        return corrected
+
+    def measured(self, lane: int, numbers: Sequence[float]) -> None:
+        """Errors of all predictors at the last refresh; the best one goes on, and sets the gap."""
+        state, gram = self._lane(lane), Gram(self._depth, tuple(numbers))
+        if state.refreshes > 1:
+            state.gain = gram.gain()
+        if state.refreshes < self._needed:
+            return
+        if not math.isnan(alignment := gram.alignment()):
+            state.noisy = alignment < NOISE_ALIGNMENT
+        errors = {key: gram.error(each) for key, each in state.asked.items()}
+        if not errors:
+            return
+        state.chosen = min(errors, key=lambda key: errors[key])
+        state.error = errors[state.chosen]
+        if self.tolerance is not None:
+            state.gap = self._next_gap(state)
+
+    def forget(self, lane: int | None = None) -> None:
+        """Drop one lane's numbers, or all of them."""
+        if lane is None:
+            self._lanes.clear()
+        else:
+            self._lanes.pop(lane, None)
+
+    def _next_gap(self, lane: LaneForecast) -> float:
+        assert self.tolerance is not None
+        if not math.isfinite(lane.error):
+            return 1.0
+        factor = math.sqrt(self.tolerance / max(lane.error, 1e-9))
+        return min(max(1.0, lane.gap * min(MAX_GROWTH, factor)), float(self.interval))
+
+    def _lane(self, key: int) -> LaneForecast:
+        found = self._lanes.get(key)
+        if found is None:
+            found = self._lanes[key] = LaneForecast(Trail(self._depth))
+        return found
+
+    def _kinds(self) -> tuple[str, ...]:
+        wanted = self.options.prediction
+        return PREDICTIONS if wanted == "auto" else (wanted,)
+
+    def _candidates(self, lane: LaneForecast, now: float) -> dict[tuple[str, int], Predictor]:
+        found = {}
+        lowest = 0 if self.options.prediction == "auto" else self.order
+        for kind in self._kinds():
+            for order in range(lowest, self.order + 1):
+                made = make_predictor(kind, order, lane.trail, now, self._depth, lane.gain)
+                if made is not None:
+                    found[kind, order] = made
+        return found
+
+    def _predictor(self, lane: LaneForecast, now: float) -> Predictor | None:
+        kind, order = lane.chosen or (self._kinds()[0], self.order)
+        return make_predictor(kind, order, lane.trail, now, self._depth, lane.gain)
+
+    def _advance(self, lane: LaneForecast, now: float, kind: Kind) -> tuple[float, ...]:
+        lane.calls += 1
+        predictor = self._predictor(lane, now)
+        assert predictor is not None
+        lane.skipped.append((now, predictor))
+        return predictor.mix
+
+    def _correction(self, lane: LaneForecast, now: float) -> tuple[float, ...]:
+        """k with output + k_0 output + sum_j k_j o_j corrected; zeros where it does not hold."""
+        nothing = (0.0,) * (self._depth + 1)
+        applies = self.options.corrector and lane.noisy is False and not lane.repeats
+        if not applies or not lane.skipped or not lane.trail.times:
+            return nothing
+        if any(each.kind != "output" for _, each in lane.skipped):
+            return nothing
+        times = [time for time, _ in lane.skipped]
+        widths = [after - before for before, after in zip(times, [*times[1:], now])]
+        if not widths[-1] or any(not _alike(width, widths[-1]) for width in widths):
+            return nothing
+        result = [0.0] * (self._depth + 1)
+        for (time, used), width in zip(lane.skipped, widths):
+            share = width / widths[-1]
+            newer, older = lane.trail.weights(time, 1, [now, lane.trail.times[0]])
+            result[0] += share * newer
+            result[1] += share * older
+            for j, weight in enumerate(used.outputs):
+                result[1 + j] -= share * weight
+        return tuple(result)
+
+
+def _alike(width: float, last: float) -> bool:
+    return 1 / MAX_STEP_RATIO <= width / last <= MAX_STEP_RATIO

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .runtime.entry import CompiledEntry
+from .runtime.history import History
 from .runtime.registry import REGISTRY
 from .runtime.stats import Stats, merge_stats
 
@@ -37,3 +39,23 @@ def generation(compiled: Compiled) -> Iterator[None]:
     """
     with REGISTRY.generation(compiled):
         yield
+
+
+@contextmanager
+def record(compiled: Compiled) -> Iterator[None]:
+    """Remember every step of the block, one by one, for `report`; forgets what was recorded before.
+
+    Costs a few small operations a step and layer, and a second copy of the expert inputs per lane.
+    Raises TypeError as stats.
+    """
+
+    def start(entry: CompiledEntry) -> None:
+        entry.history = History(entry.variants.analysis.plan, entry.options)
+
+    with REGISTRY.attached(compiled, start):
+        try:
+            yield
+        finally:
+            for entry in REGISTRY.entries_of(compiled):
+                if entry.history is not None:
+                    entry.history.recording = False

@@ -9,10 +9,8 @@ attention  blocks.0.attn  yes        K and V cached
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
 
@@ -23,47 +21,10 @@ from ..graph.region import NoMatch, Regions, source_line
 from ..graph.retrace import Untraceable
 from ..options import Options
 from ..pipeline import Analysis, analyse
-from ..torch_compat import backend_settings, compile_apart, compiled_root
+from ..torch_compat import backend_settings, compile_apart, compiled_root, traced_frame
 from .dump import Dumper
-
-
-@dataclass(frozen=True)
-class ExplainedRegion:
-    """kind: "moe" or "attention"; name: module path; reason: why not, empty when matched.
-
-    num_experts, top_k: of a MoE layer, else None. location: file:line in the user's code.
-    """
-
-    kind: str
-    name: str
-    matched: bool
-    reason: str = ""
-    detail: str = ""
-    location: str = ""
-    num_experts: int | None = None
-    top_k: int | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """cache_bytes: per lane, for these inputs. graph_breaks: graphs Dynamo makes, minus one."""
-
-    regions: tuple[ExplainedRegion, ...]
-    graph_breaks: int
-    cache_bytes: int
-    capture: CaptureReport | None
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        rows = [
-            (r.kind, r.name, "yes" if r.matched else "no", r.reason or r.detail, r.location)
-            for r in self.regions
-        ]
-        headers = ("kind", "module", "matched", "what or why not", "where")
-        widths = [None, 40, None, 60, 60]
-        table = tabulate(rows, headers=headers, tablefmt="simple", maxcolwidths=widths)
-        total = f"graph breaks {self.graph_breaks}, cache {self.cache_bytes:,} bytes per lane"
-        return "\n".join([table if rows else "no regions", total, *self.notes])
+from .explanation import ExplainedRegion, Explanation
+from .predict import predict
 
 
 def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -78,13 +39,18 @@ def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
     if root is None:
         raise TypeError(f"explain: expected a module, got {type(model).__name__}")
     settings = backend_settings(model) or {}
-    options = Options.parse(settings.get("options"))
+    return explain_with(Analyser(Options.parse(settings.get("options"))), root, args, kwargs)
+
+
+def explain_with(
+    analyser: Analyser, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Explanation:
+    """`explain` with the options, and the dumps, of `analyser`."""
     installed_before = is_installed(root)
     capture = None
     if not installed_before:
         capture = install(root, args, kwargs, is_active=compiling_for_moeca)
     try:
-        analyser = _Analyser(options)
         if root.training:
             analyser.notes.append("the model is in training mode: call model.eval() to sample")
         with undisturbed(root):
@@ -95,38 +61,53 @@ def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
     return _explanation(analyser, capture)
 
 
-class _Analyser:
-    """A backend that analyses every graph it is handed and runs it as it is."""
+class Analyser:
+    """A backend that analyses every graph it is handed and runs it as it is.
+
+    dumper: makes the dumper of the next graph; none by default.
+    """
 
     _moeca_backend = True
 
-    def __init__(self, options: Options) -> None:
+    def __init__(
+        self, options: Options, dumper: Callable[[], Dumper] = lambda: Dumper(None)
+    ) -> None:
         self.graphs = 0
-        self._options = options
+        self.options = options
         self.analyses: list[Analysis] = []
         self.notes: list[str] = []
+        self.breaks: list[str] = []
+        self._dumper = dumper
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
+        frame = traced_frame()
+        if frame is not None and frame.breaks:
+            self.breaks.append(frame.reason)
         try:
-            self.analyses.append(analyse(gm, inputs, self._options, Dumper(None)))
+            self.analysed(analyse(gm, inputs, self.options, dumper := self._dumper()), dumper)
         except Untraceable as error:
             self.notes.append(f"graph {self.graphs}: not analysed: {error}")
         return gm.forward
 
+    def analysed(self, analysis: Analysis, dumper: Dumper) -> None:
+        """One more graph is through all passes."""
+        self.analyses.append(analysis)
 
-def _explanation(analyser: _Analyser, capture: CaptureReport | None) -> Explanation:
+
+def _explanation(analyser: Analyser, capture: CaptureReport | None) -> Explanation:
     regions: list[ExplainedRegion] = []
     for analysis in analyser.analyses:
         regions += _matched(analysis.regions)
-        regions += [_missed(m) for m in analysis.missed]
+        regions += [_missed(m, r.name) for r in analysis.reports for m in r.missed]
+        regions += [_missed(m, "match_regions") for m in analysis.regions.missed]
     known = {r.name for r in regions}
     for module in capture.modules if capture else ():
         if not module.accepted and module.path not in known:
             regions.append(
                 ExplainedRegion(
                     "moe", module.path, False, f"not captured: {module.reason}",
-                    location=module.location, num_experts=module.num_experts,
+                    location=module.location, num_experts=module.num_experts, stage="capture",
                 )
             )  # fmt: skip
     return Explanation(
@@ -135,6 +116,8 @@ def _explanation(analyser: _Analyser, capture: CaptureReport | None) -> Explanat
         sum(a.plan.layout.nbytes for a in analyser.analyses),
         capture,
         tuple(analyser.notes),
+        tuple(analyser.breaks),
+        predict(analyser.analyses, analyser.options),
     )
 
 
@@ -145,17 +128,22 @@ def _matched(regions: Regions) -> list[ExplainedRegion]:
         found.append(
             ExplainedRegion(
                 "moe", moe.name, True, "", detail, source_line(moe.routed),
-                moe.num_experts, moe.top_k,
+                moe.num_experts, moe.top_k, "match_regions", moe.routed.name,
             )
         )  # fmt: skip
         for a in moe.attention:
             cached = "K and V cached" if a.key_value else "K and V recomputed in full"
             found.append(
-                ExplainedRegion("attention", a.name, True, "", cached, source_line(a.core))
-            )
+                ExplainedRegion(
+                    "attention", a.name, True, "", cached, source_line(a.core),
+                    stage="match_regions", node=a.root.node.name,
+                )
+            )  # fmt: skip
     return found
 
 
-def _missed(miss: NoMatch) -> ExplainedRegion:
-    location = source_line(miss.node) or f"node {miss.node.name}"
-    return ExplainedRegion(miss.kind, miss.name, False, miss.reason, location=location)
+def _missed(miss: NoMatch, stage: str) -> ExplainedRegion:
+    return ExplainedRegion(
+        miss.kind, miss.name, False, miss.reason,
+        location=source_line(miss.node), stage=stage, node=miss.node.name,
+    )  # fmt: skip

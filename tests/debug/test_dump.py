@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def numbered(stages: list[str]) -> list[str]:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name != "summary.txt")
+    return sorted(p.name for p in folder.glob("[0-9][0-9]_*.txt"))
 
 
 def summary_stages(folder: Path) -> list[str]:
@@ -32,18 +33,12 @@ def summary_stages(folder: Path) -> list[str]:
     return [line.split()[0] for line in lines[2:]]
 
 
-@pytest.mark.parametrize("by", ["option", "environment"])
-def test_every_stage_and_variant_is_dumped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str
-) -> None:
+def test_every_stage_and_variant_is_dumped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_graph_level(monkeypatch)
     target = tmp_path / "new" / "dumps"
-    options = {"dump_dir": str(target)} if by == "option" else {}
-    if by == "environment":
-        monkeypatch.setenv("MOECA_DUMP_DIR", str(target))
     model = make("I1", depth=1, num_experts=4)
     calls = trajectory(model, 2, dx=0.05)
-    compiled = compile_model(model, calls[0], **options)
+    compiled = compile_model(model, calls[0], policy="moeca", dump_dir=str(target))
     watched_call(compiled, *calls[0])
     (folder,) = target.iterdir()
     assert folder.name == "000_graph"
@@ -53,7 +48,20 @@ def test_every_stage_and_variant_is_dumped(
     graphs = [stage for stage in BEFORE + REFRESH + REUSE if stage != "match_regions"]
     assert summary_stages(folder) == graphs
 
-    text = {path.name[3:-4]: path.read_text() for path in folder.iterdir()}
+    assert {p.name for p in folder.iterdir() if not p.suffix} == {"layers", "reproducer"}
+    (drawing,) = (folder / "layers").glob("*.dot")
+    assert drawing.name == "00_blocks.0.moe.dot"
+    lines = drawing.read_text().splitlines()
+    assert lines[0] == "digraph {" and lines[-1] == "}"
+    assert any(line.startswith('"routed_experts" [label=') for line in lines)
+    assert any(line.endswith('-> "routed_experts"') for line in lines)
+    assert drawing.with_suffix(".svg").exists() == bool(shutil.which("dot"))
+    assert {p.stem for p in folder.glob("*.diff")} == {
+        f"{number:02d}_{stage}"
+        for number, stage in enumerate(BEFORE + REFRESH + REUSE)
+        if stage not in ("dynamo", "match_regions")
+    }
+    text = {path.name[3:-4]: path.read_text() for path in folder.glob("*.txt")}
     assert "moeca.select_experts" in text["aten"]
     assert "blocks.0.moe" in text["match_regions"]
     assert "8 experts" not in text["match_regions"]
@@ -70,10 +78,11 @@ def test_another_graph_gets_the_next_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     use_graph_level(monkeypatch)
+    monkeypatch.setenv("MOECA_DUMP_DIR", str(tmp_path))
     for number in range(2):
         model = make("I8", depth=1, num_experts=4)
         call = trajectory(model, 1)[0]
-        watched_call(compile_model(model, call, interval=1, dump_dir=tmp_path), *call)
+        watched_call(compile_model(model, call, interval=1), *call)
         folder = tmp_path / f"{number:03d}_graph"
         assert files(folder) == numbered(BEFORE + PLAIN)
         torch._dynamo.reset()

@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 CONSTRAINTS ?= constraints-cpu.txt
 PYTEST_ARGS ?= -n auto -m "not slow"
+# What `make bench` measures the quality of; hours for all of them, so it goes on where it stopped.
+SUBJECTS ?= $(addprefix examples/subjects.py:,ditmoe finegrained epsilon)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -38,9 +40,9 @@ lint: $(STAMP) ## ruff and pyright
 demo: $(STAMP) ## sample images eager, with Inductor, with moeca; results in out/demo
 	$(BIN)/python examples/demo.py
 
-bench: $(STAMP) ## speed of a reuse step, and quality against arithmetic; results in out/benchmarks
+bench: $(STAMP) ## speed of a reuse step, and quality against arithmetic; results in out/benchmarks, out/quality
 	$(BIN)/python benchmarks/reuse_step.py
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m moeca_compile quality $(SUBJECTS) --out out/quality --resume
 
 clean: ## remove the virtual environment, results and caches
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache

@@ -2,7 +2,6 @@
 
     speed_model(depth)   D 384, 6 heads, 256 tokens, 8 SwiGLU experts top-2 + 1 shared, 1024 wide
     overhead_model()     a few tokens and one layer that every backend captures whole
-    load_model(MODEL)    the trained one of examples/
 
 Nothing is left at its zero initialisation: a gate of zero would make caching look exact. This is
 also the one place that knows where examples/ and tests/ are; the benchmarks import from here.
@@ -20,25 +19,19 @@ ROOT = Path(__file__).parents[1]
 # The benchmarks run from a checkout and measure the code that is tested and shown there.
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-from fashion_ditmoe.model import Config, DiTMoE, load_model  # noqa: E402
-from fashion_ditmoe.sampler import sample  # noqa: E402
-from measurement import MODEL, accuracy, machine, psnr  # noqa: E402
+from fashion_ditmoe.model import Config, DiTMoE  # noqa: E402
+from measurement import machine  # noqa: E402
 
 from idioms import inputs, make  # noqa: E402
 
 Call = tuple[Tensor, Tensor, Tensor]
 
 __all__ = [
-    "MODEL",
     "ROOT",
     "Call",
-    "accuracy",
     "inputs",
-    "load_model",
     "machine",
     "overhead_model",
-    "psnr",
-    "sample",
     "speed_calls",
     "speed_model",
 ]

@@ -8,7 +8,7 @@ import torch
 from idioms import ATTENTIONS, EXPERTS, ROUTERS, inputs, make, trajectory
 from idioms.denoiser import Denoiser
 
-MODULE_LISTS = ["I1", "split", "I2"]
+MODULE_LISTS = ["I1", "split", "I2", "I3"]
 STACKED = ["I8", "I9"]
 
 
@@ -69,6 +69,44 @@ def test_capacity_drops_rows_only_when_an_expert_is_crowded() -> None:
     torch.testing.assert_close(output(plain), output(capped))
     rows = torch.ones(1, 16, 32)  # every token alike: all go to the same experts
     assert not torch.allclose(plain.blocks[0].moe(rows), capped.blocks[0].moe(rows))
+
+
+def test_unlabelled_samples_go_to_an_expert_of_their_own() -> None:
+    model = make("I4", depth=1)
+    moe, y = model.blocks[0].moe, inputs(model)[2]
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    weights, ids = moe.assign(x, y)
+    assert (ids[16:] == 7).all() and (ids[:16] < 7).all()
+    assert weights[16:].tolist() == [[1.0, 0.0]] * 16
+    rows = x.flatten(0, 1)
+    used, distinct = moe.route(rows, y)
+    every = torch.stack([moe.one_expert(e, rows) for e in range(8)], dim=1)  # [T, E, D]
+    picked = every.gather(1, distinct[..., None].expand(-1, -1, 32))
+    expected = (picked * used[..., None]).sum(1) + moe.shared_rows(rows)
+    torch.testing.assert_close(moe(x, y).flatten(0, 1), expected)
+
+
+def test_expert_choice_spellings_agree() -> None:
+    """I6 is I5 with gates renormalised per token; grouped products are a loop over experts."""
+    plain, indexed = make("I5", shared=0, depth=1).blocks[0].moe, make("I6", shared=0, depth=1)
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    gates, tokens = plain.choose(x)
+    total = torch.zeros(2, 16).scatter_add(1, tokens.flatten(1), gates.flatten(1))
+    expected = plain(x) / (total[..., None] + 1e-12) * 2.5
+    torch.testing.assert_close(indexed.blocks[0].moe(x), expected)
+    stacked = make("I6_grouped", expert="swiglu", depth=1).blocks[0].moe
+    rows = torch.randn(8 * 4, 32, generator=torch.Generator().manual_seed(1))
+    each = [stacked.one_expert(e, part) for e, part in enumerate(rows.split(4))]
+    torch.testing.assert_close(stacked.run_experts(rows, 4), torch.cat(each))
+
+
+def test_batch_mates_matter_in_a_pool_only() -> None:
+    for idiom, moved in (("I5", False), ("I7", True)):
+        model = make(idiom, depth=1)
+        moe = model.blocks[0].moe
+        x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+        alone, together = moe(x[:1]), moe(torch.cat([x[:1], 3 * x[1:]]))[:1]
+        assert torch.allclose(alone, together, atol=1e-5) is not moved
 
 
 def test_trajectory_keeps_the_conditioning_and_lowers_t() -> None:

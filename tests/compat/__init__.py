@@ -1,0 +1,1 @@
+"""Third-party models under the contracts: exact, whole, fresh, oracle. One file per source."""

@@ -1,0 +1,133 @@
+"""Third-party models under the contracts whole, exact, fresh, and in part oracle.
+
+Two entries are compiled a case: one order after the other. What the float64 reference cannot follow
+is checked by a budget of 1, which computes everything: then a reuse step is eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import moeca_compile
+from compat.case import Case
+from compat.cases import CASES
+from compat.checks import compile_case, error_of, other_condition, step
+from compat.table import run_as_graphs
+from graph_runs import compile_model, watched_call
+from moeca_compile import Options
+from moeca_compile.debug.compat import compare
+from reference import Reference
+
+# One way of running the experts for every block, each way at least once; the others are slow.
+QUICK = (
+    "HiDream image transformer, packed", "NucleusMoE image transformer, loop",
+    "Mixtral block, batched_mm", "Qwen2-MoE block, batched_mm", "DeepSeek-V3 block, batched_mm",
+    "OLMoE block, grouped_mm", "gpt-oss block, eager",
+)  # fmt: skip
+pytestmark = [  # of the libraries, when they are imported or traced
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
+]
+
+
+def parameters(chosen: Callable[[Case], bool] = lambda _: True) -> list[Any]:
+    """The chosen cases as parameters; those outside of QUICK and the checkouts are slow."""
+    found = []
+    for case in filter(chosen, CASES):
+        quick = case.name.startswith(QUICK) or "/" in case.source
+        marks = () if quick else (pytest.mark.slow,)
+        found.append(pytest.param(case, id=case.name.replace(" ", "_"), marks=marks))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_as_graphs(monkeypatch)
+
+
+@pytest.mark.parametrize("case", parameters())
+def test_row_of_the_table(case: Case) -> None:
+    """One graph, all regions, equal to eager without caching, reuse; or the gap it is known for."""
+    model, calls = case.build()
+    regions = case.moe + case.attention
+    row = compare(
+        case.name,
+        model,
+        [((), call) for call in calls],
+        expected_regions=regions,
+        options=case.options,
+        count_plain=False,
+    )
+    assert row.max_error is not None, row.reason
+    assert row.max_error <= case.tolerance
+    if case.gap:
+        assert not row.good, f"{case.name} works now: take its gap off"
+        return
+    assert row.good, row
+    assert (row.regions_matched, row.graphs_moeca) == (regions, 1)
+
+
+@pytest.mark.parametrize("case", parameters(lambda c: not c.gap))
+def test_whole_exact_and_fresh(case: Case) -> None:
+    model, calls = case.build()
+    compiled = compile_case(
+        model, calls[0], interval=4, budget=1.0, order="attention_first", **case.options
+    )
+    kinds = []
+    for call in calls[:5]:  # everything is computed: all steps are exact
+        ran = step(compiled, call)
+        kinds.append(ran.kind)
+        assert error_of(ran, model, call) <= case.tolerance
+    assert kinds == ["refresh", "reuse", "reuse", "reuse", "refresh"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        new = step(compiled, calls[0])  # a generation begins
+        other = step(compiled, other_condition(calls[1], case.condition))  # another lane
+        assert (new.kind, other.kind) == ("refresh", "refresh")
+        assert error_of(new, model, calls[0]) <= case.tolerance
+
+
+@pytest.mark.parametrize("case", parameters(lambda c: c.view and not c.gap))
+def test_reuse_equals_the_reference(case: Case) -> None:
+    model, keyword_calls = case.build()
+    calls = [tuple(call.values()) for call in keyword_calls]
+    options = {"interval": 4, "budget": 0.3}
+    reference = Reference(model, Options(**options))
+    compiled = compile_model(model, calls[0], **options)
+    for call in calls[:3]:
+        ran = watched_call(compiled, *call)
+        refresh = ran.kind == "refresh"
+        judge = reference.step(*call, refresh=refresh, forced=None if refresh else ran.pairs)
+        if not refresh:
+            assert judge.disputed == [set()] * len(ran.pairs)
+        assert (ran.output.double() - judge.output).norm() / judge.output.norm() <= 1e-5
+    assert moeca_compile.stats(compiled).reuse_steps == 2
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("case", [CASES[0]], ids=lambda c: c.name)
+def test_with_inductor(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    """End to end through plain torch.compile, as exact as plain Inductor."""
+    monkeypatch.undo()
+    model, calls = case.build()
+    plain, errors = torch.compile(model), [0.0, 0.0]
+    with torch.no_grad():
+        for call in calls[:2]:
+            ran = step(plain, call)
+            errors[0] = max(errors[0], error_of(ran, model, call))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="moeca", options={"interval": 2})
+    kinds = []
+    for call in calls[:5]:
+        ran = step(compiled, call)
+        kinds.append(ran.kind)
+        if ran.kind != "reuse":
+            errors[1] = max(errors[1], error_of(ran, model, call))
+    assert kinds == ["", "refresh", "reuse", "refresh", "reuse"]
+    assert 0 < errors[0] < 1e-4
+    assert errors[1] <= 2 * errors[0]

@@ -47,9 +47,13 @@ def test_snippets_are_found() -> None:
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippet_runs_and_caches(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    number: int,
 ) -> None:
     use_graph_level(monkeypatch)
+    monkeypatch.chdir(tmp_path)  # a snippet writes its report where it stands
     names = namespace()
     exec(compile(SNIPPETS[number], f"README.md snippet {number}", "exec"), names)
     printed = capsys.readouterr().out

@@ -43,7 +43,10 @@ class History:
     def specs(self) -> list[CacheSpec]:
         value = self.node.meta["val"]
         shape, device = tuple(value.shape), value.device
-        return [CacheSpec(name, shape, value.dtype, device, self.kind) for name in self.fields]
+        # Oldest first: Inductor writes mutated inputs back in their order, after everything else,
+        # and `older <- newer` has to come before `newer <- value`.
+        fields = reversed(self.fields)
+        return [CacheSpec(name, shape, value.dtype, device, self.kind) for name in fields]
 
     def push(self, caches: dict[str, Tensor], value: Tensor) -> None:
         """Store `value` as the newest one."""

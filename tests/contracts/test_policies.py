@@ -240,3 +240,18 @@ def test_an_output_that_cannot_be_forecast_is_said(
     assert "cannot be forecast: output 1 is torch.int64" in caplog.text
     assert moeca_compile.stats(compiled).plain_steps == 1
     assert only_entry(compiled).cache_bytes == 0
+
+
+@pytest.mark.compile
+def test_compiled_histories_keep_their_order() -> None:
+    """Kernels write mutated inputs back one by one: the older value must not become the newest."""
+    model = make("I8", depth=1, num_experts=4)
+    calls = trajectory(model, 8, dx=0.05)
+    compiled = compile_model(model, calls[0], **options_of("taylorseer", forecast_order=2))
+    reference, seen = ForecastReference(model, 2), []
+    for call in calls:
+        output, kind = kind_of(compiled, *call)
+        expected = reference.step(*call, refresh=kind == "refresh")
+        torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+        seen.append(kind)
+    assert seen.count("refresh") == 3

@@ -122,6 +122,7 @@ def _step(record: StepRecord, number: int) -> dict[str, Any]:
         "step": None if place is None else place.step,
         "timestep": None if place is None or place.timestep is None else round(place.timestep, 5),
         "starts": place is not None and place.new_generation,
+        "evidence": None if record.evidence is None else _number(record.evidence),
     }
 
 

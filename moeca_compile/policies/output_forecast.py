@@ -124,6 +124,13 @@ class OutputForecastPolicy(Policy):
         if self.tolerance is not None:
             state.gap = self._next_gap(state)
 
+    def evidence(self, lane: int) -> float | None:
+        """Error of the forecast that the last refresh replaced, over the tolerance."""
+        found = self._lanes.get(lane)
+        if self.tolerance is None or found is None or math.isnan(found.error):
+            return None
+        return found.error / self.tolerance
+
     def forget(self, lane: int | None = None) -> None:
         """Drop one lane's numbers, or all of them."""
         if lane is None:

@@ -85,5 +85,10 @@ class Policy:
     def probed(self, lane: int, numbers: Sequence[float]) -> None:
         """Relative change of the first layer's input since the lane's last call."""
 
+    def evidence(self, lane: int) -> float | None:
+        """What speaks for an early refresh, as a share of the bound at which the policy wants one;
+        None where it measures nothing. For reports only."""
+        return None
+
     def forget(self, lane: int | None = None) -> None:
         """The rows of one lane, or of all of them, may not be read any more."""

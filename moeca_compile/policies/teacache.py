@@ -55,6 +55,10 @@ class TeaCachePolicy(Policy):
         """Add the drift of this step's input since the last step."""
         self._drift[lane] = self._drift.get(lane, 0.0) + numbers[0]
 
+    def evidence(self, lane: int) -> float | None:
+        """Drift since the last refresh over the tolerance."""
+        return self._drift[lane] / self.tolerance if lane in self._drift else None
+
     def forget(self, lane: int | None = None) -> None:
         """Drop one lane's sum, or all of them."""
         if lane is None:

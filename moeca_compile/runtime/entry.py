@@ -91,20 +91,26 @@ class CompiledEntry:
         age = self.ages.started(step.lane)
         self._measure(step, tensors)
         decision = self.controller.decide(step, age)
+        # asked before the step runs: a refresh starts the evidence anew
+        evidence = self.controller.policy.evidence(step.lane) if self.history is not None else None
         outputs, counts = self._run(decision, step, tensors)
         self.ages.ran(step.lane, decision.kind, age)
-        self._count(decision, counts, step)
+        self._count(decision, counts, step, evidence)
         return outputs
 
     def _count(
-        self, decision: Decision, counts: Tensor | None = None, step: StepInfo | None = None
+        self,
+        decision: Decision,
+        counts: Tensor | None = None,
+        step: StepInfo | None = None,
+        evidence: float | None = None,
     ) -> None:
         self.counters.ran(decision, counts)
         if self.history is not None:
             rows_kept = self.variants.analysis.plan.stored.rows
             held = rows_kept and step is not None and step.lane in self.store.lanes
             rows = self.store.tensors(step.lane) if step is not None and held else None
-            self.history.ran(decision, step, counts, rows)
+            self.history.ran(decision, step, counts, rows, evidence)
 
     def stats(self) -> Stats:
         """Everything counted since the last reset."""

@@ -12,7 +12,7 @@ is not recorded pays for one comparison with None.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,10 +38,12 @@ class StepRecord:
     counts: int64 [layers, FIELDS] of a reuse step. drift: float32 [layers], mean relative change of
     the cached rows that were rewritten, NaN where there is nothing to compare. experts: float32
     [EXPERT_FIELDS, experts of all layers]. Tensors stay on their device until they are read.
+    evidence: what the policy held against going on, see `Policy.evidence`.
     """
 
     decision: Decision
     place: StepInfo | None
+    evidence: float | None = None
     counts: Tensor | None = None
     drift: Tensor | None = None
     experts: Tensor | None = None
@@ -68,6 +70,7 @@ class History:
         place: StepInfo | None = None,
         counts: Tensor | None = None,
         rows: dict[str, Tensor] | None = None,
+        evidence: float | None = None,
     ) -> None:
         """Take up one step after its variant returned. rows: the lane's caches by name.
 
@@ -78,12 +81,13 @@ class History:
         self.forgotten += len(self.steps) == MAX_STEPS
         # Policies that forecast whole outputs keep no rows.
         if place is None or rows is None or not self._has_rows(rows):
-            self.steps.append(StepRecord(decision, place))
+            self.steps.append(StepRecord(decision, place, evidence))
             return
         # Inference tensors could not be compared or written outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
             kept = None if counts is None else counts.clone()
-            self.steps.append(self._measured(decision, place, kept, rows))
+            measured = self._measured(decision, place, kept, rows)
+            self.steps.append(replace(measured, evidence=evidence))
 
     def _has_rows(self, rows: dict[str, Tensor]) -> bool:
         return bool(self.layers) and self.layers[0].name("slot_norm") in rows
@@ -100,7 +104,9 @@ class History:
         drift = torch.stack([_drift(layer, rows, before) for layer in self.layers])
         experts = [self._experts(decision, layer, rows, before) for layer in self.layers]
         self._before[place.lane] = {name: rows[name].clone() for name in watched}
-        return StepRecord(decision, place, counts, drift, torch.cat(experts, 1))
+        return StepRecord(
+            decision, place, counts=counts, drift=drift, experts=torch.cat(experts, 1)
+        )
 
     def _experts(
         self, decision: Decision, layer: LayerPlan, rows: dict[str, Tensor], before: dict

@@ -55,7 +55,7 @@ def _step(number: int) -> dict[str, Any]:
     return {
         "number": number, "kind": kind, "reason": "policy" if number % 4 else "interval",
         "lane": number % 2, "generation": 0, "step": number // 2, "timestep": 1 - number / STEPS,
-        "starts": number < 2,
+        "starts": number < 2, "evidence": (number % 7) / 4 if number else None,
     }  # fmt: skip
 
 

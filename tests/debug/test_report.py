@@ -114,6 +114,31 @@ def test_a_large_report_is_small_and_drawn_without_a_complaint(tmp_path: Path, w
     assert 'data-drawn="yes"' in page.dom
     assert len(re.findall(r'<rect class="cell"', page.dom)) == 3 * STEPS * LAYERS
     assert len(re.findall(r'<rect class="step"', page.dom)) == STEPS
+    assert len(re.findall(r'<rect class="evidence"', page.dom)) == STEPS - 1, "the first has none"
+
+
+def test_a_steered_run_shows_what_asked_for_its_refreshes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is kept by rows: no map of them, but the forecast's error against its bound."""
+    use_graph_level(monkeypatch)
+    model = make("I1", depth=1)
+    calls = trajectory(model, 9, dx=0.05)
+    compiled = compile_model(model, calls[0], policy="auto", tolerance=10.0, max_interval=3)
+    with torch.no_grad(), moeca_compile.record(compiled):
+        for call in calls:
+            compiled(*call)
+    path = moeca_compile.report(compiled, tmp_path / "run.html", plots=False)
+    (entry,) = embedded(path)["entries"]
+    policy = only_entry(compiled).controller.policy
+    shares = [s["evidence"] for s in entry["steps"]]
+    first = [s["kind"] == "refresh" for s in entry["steps"]].index(False)
+    assert shares[0] is None and all(v is not None and 0 < v < 1 for v in shares[first:])
+    assert shares[-1] == pytest.approx(policy.evidence(0), abs=1e-4)
+    page = open_page(path, 1280)
+    assert page.console == ()
+    assert page.dom.count('<rect class="evidence"') == sum(v is not None for v in shares)
+    assert 'data-map="computed"' in page.dom and 'data-map="drift"' not in page.dom
 
 
 def test_a_name_cannot_end_the_script(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ lint: $(STAMP) ## ruff and pyright
 demo: $(STAMP) ## sample images eager, with Inductor, with moeca; results in out/demo
 	$(BIN)/python examples/demo.py
 
-bench: $(STAMP) ## speed of a reuse step, and quality against arithmetic; results in out/benchmarks, out/quality
+bench: $(STAMP) ## speed against Inductor, and quality against arithmetic; results in out/bench, out/benchmarks, out/quality
+	$(BIN)/python -m moeca_compile bench small --out out/bench
+	$(BIN)/python -m moeca_compile bench small --rows --out out/bench
 	$(BIN)/python benchmarks/reuse_step.py
 	$(BIN)/python -m moeca_compile quality $(SUBJECTS) --out out/quality --resume
 

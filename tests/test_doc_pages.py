@@ -20,7 +20,14 @@ from test_docs import namespace
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("concepts.md", "options.md", "debugging.md", "adding-a-pass.md", "families.md")
+PAGES = (
+    "concepts.md",
+    "options.md",
+    "debugging.md",
+    "adding-a-pass.md",
+    "families.md",
+    "speed-benchmark.md",
+)
 TEXT = {name: (DOCS / name).read_text() for name in PAGES}
 QUICK = ("moeca debug examples/bad_threshold.py:Sampler --bound 0.3",)
 

@@ -15,7 +15,9 @@ import click
 
 from ..errors import name_nearest
 
-COMMANDS = ("env", "explain", "dump", "report", "debug", "quality", "calibrate", "demo")
+COMMANDS = (
+    "env", "explain", "dump", "report", "debug", "bench", "quality", "calibrate", "demo",
+)  # fmt: skip
 
 
 class Commands(click.Group):

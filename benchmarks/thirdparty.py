@@ -66,7 +66,7 @@ def _joint(
         "sample": noise(2, 16, side, side),
         "timesteps": torch.full((2,), 1000.0),
         "encoder_hidden_states_t5": noise(2, tokens, text[0]),
-        "encoder_hidden_states_llama3": noise(2, 3 * blocks, tokens, text[1]),
+        "encoder_hidden_states_llama3": noise(3 * blocks, 2, tokens, text[1]),
         "pooled_embeds": noise(2, 256),
     }
     packed = Packed(model)

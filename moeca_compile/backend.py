@@ -247,6 +247,12 @@ def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> Compiled
     variants = Variants(analysis, options, request.config, dumper)
     costs = count_costs(analysis.aten, analysis.plan, options)
     entry = CompiledEntry(variants, options, roles, costs, root)
+    if left := [region.name for region in analysis.plan.left_out]:
+        log.warning(
+            "max_cache_bytes=%s: computed as written in every step: %s",
+            options.max_cache_bytes,
+            ", ".join(left),
+        )
     for miss in analysis.missed:
         log.info("%s %s not cached: %s", miss.kind, miss.name, miss.reason)
     REGISTRY.add(root, entry, request.settings)

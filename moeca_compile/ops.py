@@ -95,8 +95,8 @@ def _(cache: Tensor, rows: int) -> Tensor:
 
 @torch.library.custom_op("moeca::cache_write", mutates_args=("cache",))
 def cache_write(cache: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Overwrite row `index[i]` of the cache by `rows[i]`; cost O(len(index))."""
-    cache.index_copy_(0, index, rows)
+    """Overwrite row `index[i]` of the cache by `rows[i]`, in its dtype; cost O(len(index))."""
+    cache.index_copy_(0, index, rows.to(cache.dtype))
 
 
 @cache_write.register_fake

@@ -27,6 +27,7 @@ DUMP_DIR_ENV = "MOECA_DUMP_DIR"
 SCORES = ("input_drift", "moeca")
 MAX_ORDER = 2
 ORDERS = ("attention_first", "router_first")
+CACHE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,14 @@ class Options:
     """Name of the model's timestep argument. Default None: found by its usual names and shape.
     A name, no unit (ours)."""
 
+    cache_dtype: str | None = None
+    """"float32", "bfloat16" or "float16": what cached rows are stored in; converted when written
+    and read. Default None: the model's own dtype. A name, no unit (ours)."""
+
+    max_cache_bytes: int | None = None
+    """Most bytes the caches of one lane may take; layers that do not fit are computed as written.
+    Default None: no limit. In bytes (ours)."""
+
     strict: bool = False
     """Raise where the backend would otherwise fall back to plain Inductor and say so.
     Default False, no unit (ours)."""
@@ -130,6 +139,10 @@ class Options:
         self._integer("interval", at_least=1)
         self._integer("warmup_steps", at_least=0)
         self._integer("max_interval", at_least=2)
+        if self.cache_dtype is not None:
+            self._choice("cache_dtype", CACHE_DTYPES)
+        if self.max_cache_bytes is not None:
+            self._integer("max_cache_bytes", at_least=0)
         if self.forecast_order is not None:
             self._integer("forecast_order", at_least=0)
             if self.forecast_order > MAX_ORDER:

@@ -25,6 +25,7 @@ from .passes.constant_cumsum import ConstantCumsum
 from .passes.dense_selections import DenseSelections
 from .passes.distinct_experts import DistinctExperts
 from .passes.find_expert_choice import FindExpertChoice
+from .passes.fit_cache import fit_cache
 from .passes.match_regions import match_regions
 from .passes.normalize_experts import NormalizeExperts
 from .passes.normalize_gathered import NormalizeGathered
@@ -76,7 +77,7 @@ def analyse(gm: GraphModule, values: Sequence[Any], options: Options, dumper: Du
         reports.append(report)
         dumper.graph(each.name, aten.gm, _since(started), f"{report.changed} changed")
     regions = match_regions(aten.gm)
-    plan = plan_cache(regions, aten, options)
+    plan = fit_cache(plan_cache(regions, aten, options), regions, aten, options)
     found = Analysis(aten, regions, plan, tuple(reports))
     dumper.regions(aten.gm, lambda: region_table(regions, plan), regions, found.missed)
     return found

@@ -53,13 +53,19 @@ class Lane:
 class Reference:
     """Float64 copy of a model, run step by step with the rules of the method.
 
-    tolerance: how close to the edge of its selection rule a branch counts as a near tie.
+    tolerance: how close to the edge of its selection rule a branch counts as a near tie. uncached:
+    numbers of the layers that are computed in full at every step.
     Raises TypeError for a model of unknown layout.
     """
 
     def __init__(
-        self, model: nn.Module, options: MethodOptions | None = None, tolerance: float = 1e-6
+        self,
+        model: nn.Module,
+        options: MethodOptions | None = None,
+        tolerance: float = 1e-6,
+        uncached: Sequence[int] = (),
     ) -> None:
+        self.uncached = frozenset(uncached)
         self.options: MethodOptions = ReferenceOptions() if options is None else options
         self.tolerance = tolerance
         self.view = view_of(copy.deepcopy(model).double())
@@ -101,7 +107,7 @@ class Reference:
                 usage=state.usage.get(index, h.new_zeros(block.num_experts, h.shape[1])),
                 forced=None if forced is None else _as_forced(forced[index]),
             )
-            if refresh:
+            if refresh or index in self.uncached:
                 h, layer = refresh_layer(call)
             elif self.options.order == "attention_first":
                 h, layer = reuse_attention_first(call, state.layers[index])

@@ -35,7 +35,10 @@ from .target import Tradeoff
 Generate = Callable[[Any, int], Tensor]
 FLOPS, WALL = "flops", "wall"
 METRICS = (FLOPS, WALL)
-_IN_ROW_GRAPHS = ("score", "order", "tau", "alpha", "beta", "lambda_drift", "lambda_share")
+_IN_ROW_GRAPHS = (
+    "score", "order", "tau", "alpha", "beta", "lambda_drift", "lambda_share", "cache_dtype",
+    "max_cache_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def graph_key(options: Options) -> Hashable:
     """What of the options is built into graphs; the rest `CompiledEntry.steer` changes."""
     stored = find_policy(options.policy).stores(options)
     if not stored.rows:
-        return stored, options.timestep
+        return stored, options.timestep, options.max_cache_bytes
     built_in = tuple(getattr(options, name) for name in _IN_ROW_GRAPHS)
     return stored, options.timestep, options.budget is None, built_in
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from ..capture import CaptureReport, compiling_for_moeca, install, uninstall
 from ..capture.install import is_installed
 from ..capture.sandbox import copy_arguments, undisturbed
-from ..graph.region import NoMatch, Regions, source_line
+from ..graph.region import MoERegion, NoMatch, Regions, source_line
 from ..graph.retrace import Untraceable
 from ..options import Options
 from ..pipeline import Analysis, analyse
@@ -98,7 +98,7 @@ class Analyser:
 def _explanation(analyser: Analyser, capture: CaptureReport | None) -> Explanation:
     regions: list[ExplainedRegion] = []
     for analysis in analyser.analyses:
-        regions += _matched(analysis.regions)
+        regions += _matched(analysis.regions, analysis.plan.left_out)
         regions += [_missed(m, r.name) for r in analysis.reports for m in r.missed]
         regions += [_missed(m, "match_regions") for m in analysis.regions.missed]
     known = {r.name for r in regions}
@@ -121,13 +121,14 @@ def _explanation(analyser: Analyser, capture: CaptureReport | None) -> Explanati
     )
 
 
-def _matched(regions: Regions) -> list[ExplainedRegion]:
+def _matched(regions: Regions, left_out: Sequence[MoERegion]) -> list[ExplainedRegion]:
     found = []
     for moe in regions.moe:
+        why = "max_cache_bytes" if moe in left_out else ""
         detail = f"{moe.num_experts} experts, top-{moe.top_k}, {len(moe.shared)} shared"
         found.append(
             ExplainedRegion(
-                "moe", moe.name, True, "", detail, source_line(moe.routed),
+                "moe", moe.name, True, why, detail, source_line(moe.routed),
                 moe.num_experts, moe.top_k, "match_regions", moe.routed.name,
             )
         )  # fmt: skip
@@ -135,7 +136,7 @@ def _matched(regions: Regions) -> list[ExplainedRegion]:
             cached = "K and V cached" if a.key_value else "K and V recomputed in full"
             found.append(
                 ExplainedRegion(
-                    "attention", a.name, True, "", cached, source_line(a.core),
+                    "attention", a.name, True, why, cached, source_line(a.core),
                     stage="match_regions", node=a.root.node.name,
                 )
             )  # fmt: skip

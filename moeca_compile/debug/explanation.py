@@ -19,7 +19,8 @@ HEADERS = ("kind", "module", "matched", "what or why not", "where")
 
 @dataclass(frozen=True)
 class ExplainedRegion:
-    """kind: "moe" or "attention"; name: module path; reason: why not, empty when matched.
+    """kind: "moe" or "attention"; name: module path; reason: why it is not matched, or matched
+    and still not cached; else empty.
 
     num_experts, top_k: of a MoE layer, else None. location: file:line in the user's code. stage:
     the last stage that looked at it; node: what it stopped at, in that stage's graph.
@@ -39,7 +40,9 @@ class ExplainedRegion:
     @property
     def what(self) -> str:
         """What it is, or why it did not match and at which stage."""
-        return self.detail if self.matched else f"{self.reason} [{self.stage}]"
+        if self.matched:
+            return f"{self.detail}; not cached: {self.reason}" if self.reason else self.detail
+        return f"{self.reason} [{self.stage}]"
 
     @property
     def where(self) -> str:

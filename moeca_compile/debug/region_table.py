@@ -13,6 +13,7 @@ def region_table(regions: Regions, plan: CachePlan) -> str:
     rows = []
     for moe in regions.moe:
         shape = f"{moe.num_experts} experts, top-{moe.top_k}, {len(moe.shared)} shared"
+        shape += "; not cached: max_cache_bytes" if moe in plan.left_out else ""
         rows.append(("moe", moe.name, "yes", shape, moe.routed.name))
         for attention in moe.attention:
             cached = "K and V cached" if attention.key_value else "K and V recomputed in full"

@@ -40,12 +40,13 @@ class RowCache:
         return value.reshape(split).permute(self._order()).reshape(rows, self.width)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """All rows [B * N, width] -> the root's shape."""
+        """All rows [B * N, width], in whatever dtype they were stored -> the root's value."""
         order = self._order()
         lead = [self._factors()[i].size for i in order[: len(order) - len(self._rest_sizes())]]
         back = [order.index(i) for i in range(len(order))]
         value = rows.reshape(lead + self._rest_sizes()).permute(back)
-        return value.reshape(self.root.node.meta["val"].shape)
+        whole = self.root.node.meta["val"]
+        return value.reshape(whole.shape).to(whole.dtype)
 
     def _factors(self) -> list[Any]:
         return [f for dim in self.root.layout for f in dim]

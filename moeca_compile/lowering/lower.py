@@ -27,7 +27,7 @@ def _read(cache: Tensor, rows: int) -> Tensor:
 
 
 def _write(cache: Tensor, index: Tensor, rows: Tensor) -> None:
-    cache.index_copy_(0, index, rows)
+    cache.index_copy_(0, index, rows.to(cache.dtype))
 
 
 def _fill(cache: Tensor, rows: Tensor) -> None:

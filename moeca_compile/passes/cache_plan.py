@@ -9,7 +9,7 @@ The row behind the last takes the writes of padding rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
@@ -82,6 +82,7 @@ class CachePlan:
     needed: frozenset[Node]  # nodes that a reuse step evaluates on all rows
     stored: Stored = field(default_factory=lambda: Stored(rows=True))
     histories: Histories = field(default_factory=Histories)
+    left_out: tuple[MoERegion, ...] = ()  # beyond max_cache_bytes, computed as written
 
     @property
     def variants(self) -> frozenset[Kind]:
@@ -111,7 +112,7 @@ def plan_cache(regions: Regions, aten: AtenGraph, options: Options) -> CachePlan
     """Plan what the policy reads: rows of all MoE layers, outputs of layers and of the model."""
     stored = find_policy(options.policy).stores(options)
     layers = tuple(_plan_layer(r, i, options) for i, r in enumerate(regions.moe))
-    specs = [s for layer in layers for s in _specs(layer)] if stored.rows else []
+    specs = [s for layer in layers for s in row_specs(layer, options)] if stored.rows else []
     histories = plan_histories(regions, aten, stored)
     layout = CacheLayout([*specs, *histories.specs])
     return CachePlan(layers, layout, regions.needed, stored, histories)
@@ -136,6 +137,15 @@ def _plan_layer(region: MoERegion, number: int, options: Options) -> LayerPlan:
     shared = tuple(cache(f"shared{i}", r) for i, r in enumerate(region.shared))
     tracks = options.score == "input_drift"
     return LayerPlan(region, prefix, attention, shared, tracks, own_rows and bool(shared))
+
+
+def row_specs(layer: LayerPlan, options: Options) -> list[CacheSpec]:
+    """Everything a layer keeps, the rows in `cache_dtype`; norms stay in float32."""
+    if options.cache_dtype is None:
+        return _specs(layer)
+    dtype = getattr(torch, options.cache_dtype)
+    rows = set(ROW_KINDS) - {"norm"}
+    return [replace(s, dtype=dtype) if s.kind in rows else s for s in _specs(layer)]
 
 
 def _specs(layer: LayerPlan) -> list[CacheSpec]:

@@ -82,8 +82,10 @@ def variant_outputs(
         return [], probe_input(plan.histories, evaluator, extra.caches)
     reuse = _install(evaluator, plan, options, variant, extra)
     # Layer by layer, so that the recursion never gets deeper than one layer.
-    for layer in plan.layers:
-        evaluator.value(layer.region.combine)
+    ends = {region.combine for region in (*(p.region for p in plan.layers), *plan.left_out)}
+    for node in gm.graph.nodes:
+        if node in ends:
+            evaluator.value(node)
     outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
     if variant == "refresh" and plan.histories.outputs:
         return finish_refresh(plan.histories, inputs, extra.caches, _mix(extra), outputs)
@@ -170,8 +172,12 @@ def _route_all(
         if caches is None:
             branches = out.index_select(0, torch.argsort(order))
         else:
-            moeca.cache_write(caches[layer.name("slot_out")], order, out)
-            branches = moeca.cache_read(caches[layer.name("slot_out")], layer.branches)
+            slot_out = caches[layer.name("slot_out")]
+            moeca.cache_write(slot_out, order, out)
+            if slot_out.dtype == out.dtype:
+                branches = moeca.cache_read(slot_out, layer.branches)
+            else:  # a refresh is exact: it must not read what rounding left of its own rows
+                branches = out.index_select(0, torch.argsort(order))
             _store_slots(evaluator, layer, options, caches, ids, rows, order, out)
         evaluator.set(region.routed, branches.reshape(layer.tokens, region.top_k, -1))
 

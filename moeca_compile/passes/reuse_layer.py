@@ -124,8 +124,10 @@ class ReuseLayer(ABC):
 
     def drift(self, name: str, now: Tensor) -> Tensor:
         """Relative change [T] of rows `now [T, W]` since the token's row in cache `name`."""
-        then = moeca.cache_read(self.inputs.caches[name], self.layer.tokens).float()
-        return (now.float() - then).norm(dim=-1) / then.norm(dim=-1).clamp(min=1e-12)
+        cache = self.inputs.caches[name]
+        then = moeca.cache_read(cache, self.layer.tokens).float()
+        now = now.to(cache.dtype).float()  # what rounding took from the cached row is no drift
+        return (now - then).norm(dim=-1) / then.norm(dim=-1).clamp(min=1e-12)
 
     def input_drift(self, rows: list[Tensor]) -> Tensor:
         """Drift [T] of the expert inputs, summed where experts take several."""
@@ -224,6 +226,7 @@ class ReuseLayer(ABC):
         """The combine as written, on slot order: it sums over the slots, their order is free."""
         region = self.region
         slots = moeca.cache_read(self.cache("slot_out"), self.layer.branches)
+        slots = slots.to(region.routed.meta["val"].dtype)
         changed = {
             region.routed: slots.reshape(*self.computed.shape, -1),
             region.weights: self.slot_weights.reshape(region.weights.meta["val"].shape),

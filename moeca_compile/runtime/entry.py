@@ -114,11 +114,13 @@ class CompiledEntry:
 
     def stats(self) -> Stats:
         """Everything counted since the last reset."""
-        return self.counters.stats(
+        counted = self.counters.stats(
             cache_bytes=self.store.nbytes,
             generations=self.tracker.generations,
             lanes=self.tracker.lanes,
         )
+        left_out = self.variants.analysis.plan.left_out
+        return replace(counted, left_out=tuple(region.name for region in left_out))
 
     def reset(self) -> None:
         """Forget rows, lanes and counts; compiled variants stay."""

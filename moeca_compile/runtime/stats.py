@@ -72,8 +72,8 @@ class Stats:
     """Totals since the last reset. Frozen; counted from what ran.
 
     fixed_flops: spent outside the layers' rows; fixed_flops_full: what that costs without caching.
-    cache_bytes: held now. reasons: why refresh steps were refreshes. events: notable happenings,
-    oldest first.
+    cache_bytes: held now. left_out: layers not cached for want of bytes (max_cache_bytes). reasons:
+    why refresh steps were refreshes. events: notable happenings, oldest first.
     """
 
     plain_steps: int = 0
@@ -89,6 +89,7 @@ class Stats:
     lanes: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     events: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -148,6 +149,7 @@ class Stats:
             "reasons": dict(self.reasons),
             "layers": [asdict(layer) for layer in self.layers],
             "events": list(self.events),
+            "left_out": list(self.left_out),
         }
         return {**fields, **{name: getattr(self, name) for name in _TOTALS}}
 
@@ -166,6 +168,8 @@ class Stats:
         if self.reasons:
             reasons = ", ".join(f"{name} {n}" for name, n in self.reasons.most_common())
             head.append(f"refreshed because: {reasons}")
+        if self.left_out:
+            head.append(f"not cached, max_cache_bytes: {', '.join(self.left_out)}")
         table = tabulate([_row(layer) for layer in self.layers], headers="keys")
         return "\n".join([*head, table, *self.events]).rstrip()
 
@@ -194,6 +198,7 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
         lanes=sum(part.lanes for part in parts),
         reasons=sum((part.reasons for part in parts), Counter()),
         events=tuple(event for part in parts for event in part.events),
+        left_out=tuple(dict.fromkeys(name for part in parts for name in part.left_out)),
     )
 
 

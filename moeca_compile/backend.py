@@ -21,10 +21,10 @@ from torch.fx import GraphModule
 
 from .calibration.check import check_model
 from .capture import Phase, RootCall, RootRegistry, RootState, wrap_fragment
-from .capture.banks import find_banks
 from .capture.install import keeps_host_reads
 from .capture.recapture import Recapture
 from .capture.roots import entry_codes
+from .capture.stacked import may_dispatch
 from .debug.dump import Dumper
 from .errors import UnsupportedError
 from .graph.gradients import strip_no_grad
@@ -161,7 +161,7 @@ def _undecided(call: RootCall) -> bool:
     frame, state, root = traced_frame(), ROOTS.find(call.root), call.root
     piece = frame is not None and (frame.breaks or frame.code not in entry_codes(call))
     deciding = state is None or state.phase in (Phase.NEW, Phase.INSTALLED)
-    possible = not torch.is_grad_enabled() and not root.training and bool(find_banks(root))
+    possible = not torch.is_grad_enabled() and not root.training and bool(may_dispatch(root))
     return piece and deciding and possible
 
 
@@ -285,7 +285,7 @@ def _report_plain(reason: str, request: Request) -> None:
     """
     root = request.root
     refused = _refused(root)
-    if reason == NO_LAYER and root is not None and find_banks(root):
+    if reason == NO_LAYER and root is not None and may_dispatch(root):
         reason = wrong_mode(root) or reason  # the dispatch is captured in neither
     if reason == NO_LAYER and (state := _with_refusals(root)) is not None:
         reason = why_refused(state)

@@ -18,6 +18,7 @@ from .kernel_contexts import old_contexts
 from .method_level import Found, Refused, capture_method
 from .observe import Method, Observation, Site, observe
 from .report import BRANCHES, CONTEXTS, METHOD, NONE, STATEMENTS, ModuleCapture
+from .stacked_sites import with_stacked_sites
 from .statement_level import capture_statements
 from .subject import Subject
 
@@ -38,22 +39,25 @@ class Outcome:
 class Findings:
     """What is to be done to a root. dispatches: per bank; others: per method in the way.
 
-    remaining: host reads among or before the experts that nothing above removes.
+    remaining: host reads among or before the experts that nothing above removes; behind: those
+    after the last expert, which cut off the end of the graph only.
     result: what the root returned eagerly.
     """
 
     dispatches: tuple[Outcome, ...]
     others: tuple[Outcome, ...]
     remaining: tuple[HostRead, ...]
+    behind: tuple[HostRead, ...]
     result: Any
 
 
 def analyse(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Findings:
     """Run `root` and decide on every bank that looks routed, and on what breaks a trace before it.
 
-    Nothing is changed. The root runs once, and once more if it branches on empty selections.
+    Nothing is changed. The root runs once, once more if it branches on empty selections, and once
+    more if it loops over stacked parameters.
     """
-    observation = observe(root, args, kwargs)
+    observation = with_stacked_sites(root, args, kwargs, observe(root, args, kwargs))
     branches = drop_branches(root, args, kwargs, observation)
     sites = [site for site in observation.sites if site.routed or site.uneven]
     dispatches = tuple(_analyse_site(site, observation, branches) for site in sites)
@@ -62,8 +66,10 @@ def analyse(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
     done |= {_key(o.method) for o in others if o.method is not None}
     others += _context_outcomes(root, done)
     found = [o for o in (*dispatches, *others) if o.found is not None]
-    remaining = tuple(r for r in observation.reads if not _removed(r, found))
-    return Findings(dispatches, tuple(others), remaining, observation.result)
+    left = [r for r in observation.every_read if not _removed(r, found)]
+    remaining = tuple(r for r in left if r.order < observation.last_expert)
+    behind = tuple(r for r in left if r.order >= observation.last_expert)
+    return Findings(dispatches, tuple(others), remaining, behind, observation.result)
 
 
 def _key(method: Method) -> tuple[int, str]:
@@ -161,13 +167,13 @@ def _obstacle(site: Site) -> str:
 def _accepted(site: Site, method: Method, mechanism: str, found: Found) -> Outcome:
     slots = found.plan.slots if found.plan is not None else 0
     reason = f"reproduced with {slots} slots per token"
-    experts = len(site.bank.experts)
+    experts = site.bank.size
     capture = ModuleCapture(method.path, experts, mechanism, True, reason, site.location)
     return Outcome(capture, method, found)
 
 
 def _refused(site: Site, reason: str) -> Outcome:
-    path, experts = site.callers[0].path, len(site.bank.experts)
+    path, experts = site.callers[0].path, site.bank.size
     return Outcome(ModuleCapture(path, experts, NONE, False, reason, site.location))
 
 

@@ -22,6 +22,10 @@ class Bank:
     difference: str
 
     @property
+    def size(self) -> int:
+        return len(experts_of(self.container))
+
+    @property
     def experts(self) -> tuple[nn.Module, ...]:
         return experts_of(self.container)
 

@@ -143,18 +143,24 @@ def _keep_in_graph(
     findings: Findings,
     is_active: Callable[[], bool],
 ) -> list[ModuleCapture]:
-    """Where host reads remain, have Dynamo keep them in the graph if the root then gives one."""
-    if not findings.remaining:
+    """Where host reads remain, have Dynamo keep them in the graph if the root then gives one.
+
+    Reads behind the last expert are kept only if they give numbers that depend on no input: other
+    ones would make sizes of the graph unknown, and the part before them is whole anyway.
+    """
+    reads = findings.remaining or findings.behind
+    if not reads or not (findings.remaining or is_installed(root)):
         return []
-    place = findings.remaining[0].place
-    reason = f"{len(findings.remaining)} reads of the host kept in the graph"
+    place = reads[0].place
+    reason = f"{len(reads)} reads of the host kept in the graph"
     if "forward" in vars(root) or not isinstance(type(root).forward, FunctionType):
         failed = "the model's forward is replaced on the instance"
     else:
         active = _activity(is_active)
         _own_forward(root, lambda function: with_symbols(function, active))
         with undisturbed(root):
-            failed = whole_trace_failure(root, args, kwargs, findings.result)
+            constant = not findings.remaining
+            failed = whole_trace_failure(root, args, kwargs, findings.result, constant)
         if failed:
             del vars(root)["forward"]
     text = f"reads the host, and no whole graph: {failed}" if failed else reason

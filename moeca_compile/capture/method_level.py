@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .plan import DispatchPlan, run_plan
-from .propose import Evidence, propose
-from .recorder import record_experts
+from .propose import propose
+from .recorder import ExpertRecord
 from .replay import close
 from .sandbox import copy_arguments, exact_arithmetic
 from .subject import Subject
@@ -51,23 +51,35 @@ def capture_method(subject: Subject) -> Found | Refused:
     names, defaults = _parameters(subject)
     if not names:
         return Refused("the method takes *args: its values cannot be named")
-    values, result, evidence = _record(subject, names, defaults)
+    values, result, record = _record(subject, names, defaults)
     refused = Refused("the return value is no selection or weighted sum of expert outputs")
-    with exact_arithmetic(subject.device):
-        proposed = propose(evidence, values, result)
-        plans = list(itertools.islice(proposed, _MAX_CANDIDATES))
-    for plan in plans:
+    for plan in _plans(subject, record, values, result):
         failed = _failed_probe(subject, plan, values)
         if failed:
             refused = Refused(f"{failed} gives other values than the original", 1)
             continue
         finished = _with_dtype(subject, plan, names, defaults)
-        replacement = make_method(finished, names, defaults)
-        disagreement = subject.disagreement(replacement)
-        if not disagreement:
-            return Found(replacement, finished)
-        refused = Refused(disagreement, 2)
+        disagreement = subject.disagreement(make_method(finished, names, defaults))
+        if disagreement:
+            refused = Refused(disagreement, 2)
+            continue
+        own = in_own_dtypes(subject, finished)
+        if own is not None:
+            return Found(make_method(own, names, defaults), own)
+        refused = Refused("the experts do something else in the model's own dtypes", 2)
     return refused
+
+
+def _plans(
+    subject: Subject, record: ExpertRecord, values: dict[str, Any], result: Any
+) -> list[DispatchPlan]:
+    """Plans that reproduce the recorded call, likeliest first."""
+    with exact_arithmetic(subject.device):
+        proposed = itertools.chain.from_iterable(
+            propose(evidence, values, result)
+            for evidence in record.evidences(subject.copied, subject.bank_path)
+        )
+        return list(itertools.islice(proposed, _MAX_CANDIDATES))
 
 
 def make_method(
@@ -100,27 +112,24 @@ def _bind(
 
 def _record(
     subject: Subject, names: tuple[str, ...], defaults: tuple[tuple[str, Any], ...]
-) -> tuple[dict[str, Any], Any, Evidence]:
+) -> tuple[dict[str, Any], Any, ExpertRecord]:
     """Arguments and result of the first call of the method while the owner's copy is replayed."""
     seen: list[tuple[dict[str, Any], Any]] = []
-    with record_experts(subject.container) as calls:
-        first: list[int] = []
+    with subject.recording() as experts:
 
         def record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             values = _bind(names, defaults, *copy_arguments((args, kwargs)))
+            experts.begin()
             result = MethodType(subject.method.declared, self)(*args, **kwargs)
             if not seen:
+                experts.end()
                 seen.append((values, copy_arguments(result)))
-                first.append(len(calls))
             return result
 
         subject.exact(record)
     if not seen:
         raise ValueError("the method was not called again on the same input")
-    evidence = Evidence(
-        subject.copied, subject.bank_path, len(subject.site.bank.experts), tuple(calls[: first[0]])
-    )
-    return *seen[0], evidence
+    return *seen[0], experts
 
 
 def routings(ids: Tensor, experts: int) -> Iterator[tuple[str, Tensor]]:
@@ -176,6 +185,27 @@ def _with_dtype(
 
     subject.native(record)
     return choose_dtype(plan, dtypes, found[0])
+
+
+def in_own_dtypes(subject: Subject, plan: DispatchPlan) -> DispatchPlan | None:
+    """`plan` with its template learned anew where the checks ran in another dtype.
+
+    A body has dtypes as constants. None if the model runs another body in its own dtypes.
+    """
+    if plan.template is None or subject.is_exact:
+        return plan
+    with subject.native_recording() as record:
+
+        def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            record.begin()
+            result = MethodType(subject.method.declared, self)(*args, **kwargs)
+            record.end()
+            return result
+
+        subject.native(run)
+    with torch.no_grad():
+        learned = record.same_body(plan.template)
+    return replace(plan, template=learned.template) if learned is not None else None
 
 
 def choose_dtype(

@@ -21,8 +21,9 @@ from ..torch_compat import is_compile_wrapper
 from .banks import Bank, find_banks
 from .host_reads import HostRead, HostReads
 from .sandbox import copy_arguments
+from .stacked import StackedBank
 
-_MAX_CALLERS = 3
+MAX_CALLERS = 3
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -88,7 +89,7 @@ def _content(cell: Any) -> Any:
 class Site:
     """One bank and what was seen to call it, innermost caller first."""
 
-    bank: Bank
+    bank: Bank | StackedBank
     callers: tuple[Method, ...]
     rows: dict[int, int] = field(default_factory=dict)
     integers: list[Tensor] = field(default_factory=list)
@@ -97,25 +98,33 @@ class Site:
     @property
     def routed(self) -> bool:
         """Whether an integer tensor in sight says how many rows each expert received."""
-        return any(counts_match(ids, self.rows, len(self.bank.experts)) for ids in self.integers)
+        if isinstance(self.bank, StackedBank):
+            return True  # found by what it reads on the host, not by rows
+        return any(counts_match(ids, self.rows, self.bank.size) for ids in self.integers)
 
     @property
     def uneven(self) -> bool:
         """Whether experts received different numbers of rows, or some none."""
-        return len({self.rows.get(i, 0) for i in range(len(self.bank.experts))}) > 1
+        return len({self.rows.get(i, 0) for i in range(self.bank.size)}) > 1
 
 
 @dataclass(frozen=True)
 class Observation:
     """sites: one per bank and calling method; arguments: first (args, kwargs) per owner id.
 
-    reads: host reads up to the last call of an expert; result: what the root returned.
+    every_read: host reads; last_expert: when an expert was called last; result: of the root.
     """
 
     sites: tuple[Site, ...]
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
-    reads: tuple[HostRead, ...] = ()
+    every_read: tuple[HostRead, ...] = ()
+    last_expert: int = 0
     result: Any = None
+
+    @property
+    def reads(self) -> tuple[HostRead, ...]:
+        """Host reads up to the last call of an expert."""
+        return tuple(read for read in self.every_read if read.order < self.last_expert)
 
 
 def counts_match(ids: Tensor, rows: dict[int, int], experts: int) -> bool:
@@ -159,8 +168,8 @@ def observe(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> O
             result = root(*copy_arguments(args), **copy_arguments(kwargs))
     finally:
         watch.remove()
-    reads = tuple(read for read in watch.host.reads if read.order < watch.last_expert)
-    return Observation(tuple(watch.sites.values()), watch.arguments, reads, result)
+    sites, reads = tuple(watch.sites.values()), tuple(watch.host.reads)
+    return Observation(sites, watch.arguments, reads, watch.last_expert, result)
 
 
 def observe_arguments(
@@ -246,7 +255,7 @@ def _ancestors(root: nn.Module, path: str) -> list[nn.Module]:
     """The bank at `path`, which may dispatch itself, and the modules above it, nearest first."""
     parts = path.split(".") if path else []
     chain = [root.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1)]
-    return chain[: _MAX_CALLERS + 1]
+    return chain[: MAX_CALLERS + 1]
 
 
 def _callers(frame: FrameType, paths: dict[int, str], bank: Bank) -> list[tuple[FrameType, Method]]:
@@ -256,7 +265,7 @@ def _callers(frame: FrameType, paths: dict[int, str], bank: Bank) -> list[tuple[
     """
     found: list[tuple[FrameType, Method]] = []
     current: FrameType | None = frame
-    while current is not None and len(found) < _MAX_CALLERS:
+    while current is not None and len(found) < MAX_CALLERS:
         method = _method_of(current, paths, bank)
         if method is not None:
             found.append((current, method))

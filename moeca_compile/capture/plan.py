@@ -10,7 +10,7 @@ A plan holds names only, no tensor and no module, so one plan serves every copy 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops as _ops  # noqa: F401  registers the marker ops
+from .expert_template import ExpertTemplate
 
 ROWS = "rows"
 VALUE = "value"
@@ -46,6 +47,7 @@ class DispatchPlan:
     combine: "none" (branches), "sum" or "weighted"; weights: [T*K] in ids' order, or dense [T, E].
     layout: shape of the result, see `arrange`. accumulate: add to local `target`'s old value.
     dtype_name: local whose dtype the result has, "" to keep what the arithmetic gives.
+    template: how to run an expert that is a slice of parameters; None if experts are modules.
     """
 
     bank_path: tuple[str, ...]
@@ -61,6 +63,7 @@ class DispatchPlan:
     layout: str
     accumulate: str
     dtype_name: str
+    template: ExpertTemplate | None = None
 
     @property
     def rows_argument(self) -> Argument:
@@ -83,9 +86,7 @@ def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any
     container = module
     for name in plan.bank_path:
         container = getattr(container, name)
-    experts = [expert for expert in container._modules.values() if expert is not None]
-    if len(experts) != plan.experts:
-        raise ValueError(f"captured {plan.experts} experts, found {len(experts)}: capture again")
+    experts = _experts(plan, container)
     ids = _by_token(values[plan.ids], plan)
     rows = plan.rows_argument
     if _rows(values[rows.name], rows).shape[0] != ids.shape[0]:
@@ -96,6 +97,15 @@ def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any
         kwargs = {name: _argument(argument, index, values) for name, argument in plan.keyword}
         outputs.append(expert(*args, **kwargs))
     return torch.ops.moeca.select_experts(ids, outputs)
+
+
+def _experts(plan: DispatchPlan, container: nn.Module) -> list[Callable[..., Any]]:
+    if plan.template is not None:
+        return plan.template.experts(container)
+    experts: list[Callable[..., Any]] = [e for e in container._modules.values() if e is not None]
+    if len(experts) != plan.experts:
+        raise ValueError(f"captured {plan.experts} experts, found {len(experts)}: capture again")
+    return experts
 
 
 def finish_plan(plan: DispatchPlan, branches: Tensor, values: Mapping[str, Any]) -> Tensor:

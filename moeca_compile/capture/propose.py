@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .expert_call import ExpertCall
+from .expert_template import ExpertTemplate
 from .observe import counts_match, is_integer
 from .plan import (
     CONSTANT,
@@ -34,29 +36,17 @@ _LAYOUTS = ("flat", "lead", "merged")
 
 
 @dataclass(frozen=True)
-class ExpertCall:
-    """One recorded call: tensors are copies taken before the expert ran; output after it."""
-
-    expert: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-    @property
-    def rows(self) -> int:
-        """Rows of the first tensor argument."""
-        tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
-        return tensors[0].shape[0] if tensors and tensors[0].dim() else -1
-
-
-@dataclass(frozen=True)
 class Evidence:
-    """What was recorded while the owner ran: its experts' calls. computed: see `_branches`."""
+    """What was recorded while the owner ran: its experts' calls.
+
+    template: the body of experts that are slices of parameters. computed: see `_branches`.
+    """
 
     owner: nn.Module
     bank_path: tuple[str, ...]
     experts: int
     calls: tuple[ExpertCall, ...]
+    template: ExpertTemplate | None = None
     computed: dict[Any, tuple[Tensor | None, list[Any]]] = field(default_factory=dict)
 
     @property
@@ -129,7 +119,7 @@ def _dispatches(evidence: Evidence, values: Mapping[str, Any]) -> Iterator[Dispa
             plan = DispatchPlan(
                 evidence.bank_path, evidence.experts, slots, name, slots_first, positional, keyword,
                 combine="none", weights="", dense_weights=False, layout="flat", accumulate="",
-                dtype_name="",
+                dtype_name="", template=evidence.template,
             )  # fmt: skip
             if not (slots_first and slots == 1):
                 found.append((slots, plan))

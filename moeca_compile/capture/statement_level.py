@@ -28,13 +28,14 @@ from .method_level import (
     Found,
     Refused,
     choose_dtype,
+    in_own_dtypes,
     random_like,
     routings,
 )
 from .plan import DispatchPlan, run_plan
 from .propose import Evidence, propose
 from .prune import LOST_NAMES, mark_effects, prune
-from .recorder import record_experts
+from .recorder import ExpertRecord
 from .replay import close
 from .sandbox import exact_arithmetic
 from .statements import REPLACED, bound_names, fold_training, kept_lines, name_returns
@@ -62,12 +63,13 @@ def capture_statements(subject: Subject) -> Found | Refused:
         mark_effects(definition)
         fold_training(definition)
         name_returns(definition)
-        evidence, trace = _record(subject, definition, function)
+        record, trace = _record(subject, definition, function)
     except ValueError as error:
         return Refused(str(error))
     refused = Refused("no local equals the selected expert rows or their weighted sum")
     with exact_arithmetic(subject.device):
-        candidates = _candidates(evidence, trace)
+        evidences = record.evidences(subject.copied, subject.bank_path)
+        candidates = [c for evidence in evidences for c in _candidates(evidence, trace)]
     for candidate in candidates[:_MAX_CANDIDATES]:
         outcome = _try(subject, definition, function, candidate)
         if isinstance(outcome, Found):
@@ -78,24 +80,25 @@ def capture_statements(subject: Subject) -> Found | Refused:
 
 def _record(
     subject: Subject, definition: ast.FunctionDef, function: FunctionType
-) -> tuple[Evidence, Trace]:
+) -> tuple[ExpertRecord, Trace]:
     trace = Trace()
     instrumented = instrument(definition, function, trace)
-    with record_experts(subject.container) as calls:
-        first: list[int] = []
+    with subject.recording() as experts:
+        called: list[bool] = []
 
         def once(*args: Any, **kwargs: Any) -> Any:
-            chosen = function if first else instrumented
+            chosen = function if called else instrumented
+            experts.begin()
             result = chosen(*args, **kwargs)
-            first.append(len(calls))
+            if not called:
+                experts.end()
+                called.append(True)
             return result
 
         subject.exact(once)
-    if not first:
+    if not called:
         raise ValueError("the function was not called again on the same input")
-    experts = len(subject.site.bank.experts)
-    evidence = Evidence(subject.copied, subject.bank_path, experts, tuple(calls[: first[0]]))
-    return evidence, trace
+    return experts, trace
 
 
 def _candidates(evidence: Evidence, trace: Trace) -> list[_Candidate]:
@@ -127,7 +130,11 @@ def _try(
     disagreement = subject.disagreement(replacement)
     if disagreement:
         return Refused(disagreement, 2)
-    return Found(replacement, plan, kept_lines(tree))
+    own = in_own_dtypes(subject, plan)
+    if own is None:
+        return Refused("the experts do something else in the model's own dtypes", 2)
+    replacement = build(tree, function, {_RUN: run_plan, _PLAN: own})
+    return Found(replacement, own, kept_lines(tree))
 
 
 def _substitute(tree: ast.FunctionDef, candidate: _Candidate, plan: DispatchPlan) -> None:

@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -15,8 +16,16 @@ import torch
 from torch import nn
 
 from ..torch_compat import leaves
+from .banks import Bank
 from .observe import Method, Site
-from .replay import close, exact_arguments, exact_copy, probe_arguments
+from .recorder import ExpertRecord, SliceRecord, record_modules, record_slices
+from .replay import (
+    close,
+    exact_arguments,
+    exact_copy,
+    probe_arguments,
+    tell_slices_apart,
+)
 from .sandbox import copy_arguments, exact_arithmetic
 
 Replacement = Callable[..., Any]
@@ -38,6 +47,14 @@ class Replay:
         with exact_arithmetic(self.device):
             self.copied, self.moved = exact_copy(self.method.module, list(self.containers))
             self.arguments = exact_arguments(self.recorded)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the model's own dtypes are those of the copy."""
+        module = self.method.module
+        tensors = (*module.parameters(), *module.buffers(), *leaves(self.recorded)[0])
+        floats = (t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+        return all(t.dtype in (torch.float32, torch.float64) for t in floats)
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +115,11 @@ class Replay:
         return result, None
 
 
+def named_module(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    """The submodule at `path`."""
+    return module.get_submodule(".".join(path))
+
+
 class Subject(Replay):
     """A method that dispatches to the bank of `site`. container: the bank within the copy."""
 
@@ -109,8 +131,20 @@ class Subject(Replay):
         recorded: tuple[tuple[Any, ...], dict[str, Any]],
         definition: ast.FunctionDef | None = None,
     ) -> None:
-        super().__init__(method, recorded, (site.bank.container,))
+        modules = isinstance(site.bank, Bank)
+        super().__init__(method, recorded, (site.bank.container,) if modules else ())
         self.site = site
         self.bank_path = bank_path
         self.definition = definition
         self.container = self.moved[id(site.bank.container)]
+        if not modules:
+            tell_slices_apart(self.container)
+
+    def recording(self) -> AbstractContextManager[ExpertRecord]:
+        """Record what the experts of the copy are called on and return."""
+        modules = isinstance(self.site.bank, Bank)
+        return record_modules(self.container) if modules else record_slices(self.container)
+
+    def native_recording(self) -> AbstractContextManager[SliceRecord]:
+        """The same for slices, in the copy with the model's own dtypes."""
+        return record_slices(named_module(self._native_copy, self.bank_path))

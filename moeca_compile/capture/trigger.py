@@ -26,10 +26,10 @@ from ..torch_compat import (
     traced_frame,
 )
 from .activity import compiling_for_moeca
-from .banks import find_banks
 from .install import count_installed, install, is_installed, uninstall
 from .report import CaptureReport
 from .roots import Phase, RootCall, RootRegistry, RootState, entry_codes, find_root, is_of_root
+from .stacked import may_dispatch
 
 __all__ = ["FragmentTrigger", "RootCall", "find_root", "prepare", "wrap_fragment"]
 
@@ -70,7 +70,7 @@ def wrap_fragment(compiled: Callable[..., Any], registry: RootRegistry) -> Calla
             return compiled
     else:
         state.graphs_before += 1
-    if whole or not find_banks(root):
+    if whole or not may_dispatch(root):
         return compiled
     if state.phase is not Phase.NEW and breaks:
         state.reason = breaks  # broke although the dispatches were replaced

@@ -17,8 +17,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from ..graph.constant_reads import open_reads
+from ..graph.region import source_line
 from ..torch_compat import KEEP_HOST_READS, leaves, trace_whole
 from .activity import BACKEND_MARK
 from .function_source import HELPER_PREFIX, build
@@ -53,13 +55,18 @@ def with_symbols(function: FunctionType, active: Callable[[nn.Module], bool]) ->
     return build(definition, function, helpers)
 
 
-def whole_trace_failure(root: nn.Module, args: Any, kwargs: Any, expected: Any) -> str:
+def whole_trace_failure(
+    root: nn.Module, args: Any, kwargs: Any, expected: Any, constant: bool = False
+) -> str:
     """Why `root` as it is now gives no whole graph, or one of other values; "" if it does.
 
-    expected: the eager result on the same arguments.
+    expected: the eager result on the same arguments. constant: numbers that are read may depend on
+    no tensor input.
     """
+    reads: list[Node] = []
 
     def run_as_is(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        reads.extend(open_reads(gm, inputs))
         return gm.forward
 
     setattr(run_as_is, BACKEND_MARK, True)
@@ -67,6 +74,8 @@ def whole_trace_failure(root: nn.Module, args: Any, kwargs: Any, expected: Any) 
         found = trace_whole(root, run_as_is)(*copy_arguments(args), **copy_arguments(kwargs))
     except Exception as error:  # Dynamo's or the model's own: it stays in fragments
         return _told(error)
+    if constant and reads:
+        return f"what is read at {source_line(reads[0]) or reads[0].name} depends on an input"
     return "" if _agree(found, expected) else "the whole graph gives other values"
 
 

@@ -22,6 +22,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from torch.fx.traceback import preserve_node_meta
 
 from ..torch_compat import new_fake_mode, placeholder_source
+from .constant_reads import WithConstants, constants, reads_numbers
 from .functional import Mutation, make_functional
 from .region import source_line
 
@@ -66,12 +67,13 @@ def retrace(gm: GraphModule, values: Sequence[Any]) -> AtenGraph:
     fake_mode = new_fake_mode()
     fakes = [fake_like(fake_mode, v) for v in values]
     tensors = [i for i, v in enumerate(fakes) if isinstance(v, Tensor)]
+    known = constants(gm, fakes) if reads_numbers(gm) else {}  # real values: no mode is on yet
 
     def run(*args: Tensor) -> Any:
         full = list(fakes)
         for position, value in zip(tensors, args, strict=True):
             full[position] = value
-        return torch.fx.Interpreter(gm).run(*full)
+        return WithConstants(gm, known).run(*full)
 
     with torch.no_grad(), fake_mode, preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True)(*(fakes[i] for i in tensors))

@@ -62,7 +62,7 @@ def lift_experts(gm: GraphModule, select: Node, number: int) -> None:
     body, rows, params = _build_body(outs[0], columns, len(outs))
     with select.meta["val"].fake_mode, torch.no_grad():
         fake = [r.meta["val"] for r in rows]
-        leaves = [tuple(p.meta["val"] for p in column) for column in params]
+        leaves = torch.fx.map_arg(params, lambda node: node.meta["val"])
         value = routed_experts(body, ids.meta["val"], fake, leaves)
     name = f"expert_body_{number}"
     setattr(gm, name, body)
@@ -89,6 +89,8 @@ def _align_experts(outs: list[Node]) -> dict[Node, list[Node]]:
             _check_markers(nodes)
             return
         if first.op in ("placeholder", "get_attr") or all(n is first for n in nodes):
+            return
+        if _stack_of(nodes) is not None:
             return
         for other in nodes[1:]:
             if other.op != first.op or other.target != first.target:
@@ -126,8 +128,8 @@ def _check_markers(nodes: list[Node]) -> None:
 
 def _build_body(
     out: Node, columns: dict[Node, list[Node]], experts: int
-) -> tuple[GraphModule, list[Node], list[tuple[Node, ...]]]:
-    """(body, row inputs, params): params[j] are the E nodes of body parameter j."""
+) -> tuple[GraphModule, list[Node], list[Any]]:
+    """(body, row inputs, params): params[j] is body parameter j, E nodes or one stack [E, ...]."""
     graph = Graph()
     order = [n for n in out.graph.nodes if n in columns]
     markers = [n for n in order if n.target is torch.ops.moeca.expert_rows.default]
@@ -146,10 +148,24 @@ def _build_body(
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
     graph.output((mapped[out],))
     body = GraphModule(torch.nn.Module(), graph)
-    return body, rows, [tuple(columns[leaf]) for leaf in leaves]  # type: ignore[return-value]
+    params = [_stack_of(columns[leaf]) or tuple(columns[leaf]) for leaf in leaves]
+    return body, rows, params  # type: ignore[return-value]
 
 
 def _is_leaf(node: Node, column: list[Node]) -> bool:
     if node.target is torch.ops.moeca.expert_rows.default:
         return False
-    return node.op in ("placeholder", "get_attr") or all(n is node for n in column)
+    held = node.op in ("placeholder", "get_attr") or all(n is node for n in column)
+    return held or _stack_of(column) is not None
+
+
+def _stack_of(column: list[Node]) -> Node | None:
+    """The one tensor [E, ...] of which column entry e is slice e, if there is one."""
+    stack = column[0].args[0] if column[0].target is torch.ops.aten.select.int else None
+    if not isinstance(stack, Node) or stack.op not in ("placeholder", "get_attr"):
+        return None
+    slices = all(
+        node.target is torch.ops.aten.select.int and node.args == (stack, 0, number)
+        for number, node in enumerate(column)
+    )
+    return stack if slices and stack.meta["val"].shape[0] == len(column) else None

@@ -60,7 +60,7 @@ class StackedBank(nn.Module):
         gate, up = hidden.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def one(self, expert: int, rows: Tensor) -> Tensor:
+    def one(self, expert: int | Tensor, rows: Tensor) -> Tensor:
         """Expert number `expert` on `rows [T, D]`, the plain way; for the reference."""
         if self.gated:
             return F.linear(self.activate(F.linear(rows, self.w_in[expert])), self.w_out[expert])

@@ -79,7 +79,7 @@ def make(packed: bool) -> Built:
     return Packed(model) if packed else model, calls
 
 
-def case(name: str, packed: bool, gap: str = "") -> Case:
+def case(name: str, packed: bool) -> Case:
     return Case(
         name,
         "diffusers",
@@ -89,15 +89,10 @@ def case(name: str, packed: bool, gap: str = "") -> Case:
         attention=2,
         sample="sample" if packed else "hidden_states",
         condition="pooled_embeds",
-        gap=gap,
     )
 
 
 CASES = [
     case("HiDream image transformer, packed latents", True),
-    case(
-        "HiDream image transformer, as its pipeline calls it",
-        False,
-        gap="the image size is read from a tensor behind the last block: the graph ends there",
-    ),
+    case("HiDream image transformer, as its pipeline calls it", False),
 ]

@@ -8,7 +8,7 @@ from idioms.dispatch.base import MoELayer
 from idioms.dispatch.choice import ExpertChoiceMoE, GroupedChoiceMoE, IndexedChoiceMoE
 from idioms.dispatch.gathered import GatheredMoE
 from idioms.dispatch.grouped import GroupedMoE
-from idioms.dispatch.hits import HitListMoE
+from idioms.dispatch.hits import HitListMoE, StackedHitListMoE
 from idioms.dispatch.labelled import PrototypeMoE
 from idioms.dispatch.masks import MaskLoopMoE
 from idioms.dispatch.pool import BatchPoolMoE
@@ -20,6 +20,7 @@ DISPATCHES: dict[str, type[MoELayer]] = {
     "I1_capacity": CapacitySliceMoE,
     "split": SplitMoE,
     "I2": HitListMoE,
+    "I2_stacked": StackedHitListMoE,
     "I3": MaskLoopMoE,
     "I4": PrototypeMoE,
     "I5": ExpertChoiceMoE,

@@ -1,4 +1,7 @@
-"""Idiom I2: a one-hot mask, the list of experts that were hit, `where` and `index_add_`."""
+"""Idiom I2: a one-hot mask, the list of experts that were hit, `where` and `index_add_`.
+
+Over a list of expert modules, and over stacked weights.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 
 from idioms.config import IdiomConfig
 from idioms.dispatch.base import MoELayer
-from idioms.experts import EXPERTS
+from idioms.experts import EXPERTS, StackedBank
 
 
 class HitListExperts(nn.ModuleList):
@@ -39,3 +42,28 @@ class HitListMoE(MoELayer):
         if self.shared is not None:
             y = self.shared(x) + y
         return y
+
+
+class StackedHitList(StackedBank):
+    """The same loop over slices of stacked weights."""
+
+    def forward(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """rows [T, D], ids and weights [T, K] -> [T, D]."""
+        total = torch.zeros_like(rows)
+        mask = F.one_hot(ids, num_classes=self.w_in.shape[0]).permute(2, 1, 0)  # [E, K, T]
+        for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            expert = hit[0]
+            slot, token = torch.where(mask[expert])
+            out = self.one(expert, rows[token]) * weights[token, slot, None]
+            total.index_add_(0, token, out.to(rows.dtype))
+        return total
+
+
+class StackedHitListMoE(HitListMoE):
+    def make_experts(self, config: IdiomConfig) -> nn.Module:
+        return StackedHitList(config)
+
+    def one_expert(self, expert: int, rows: Tensor) -> Tensor:
+        bank = self.experts
+        assert isinstance(bank, StackedBank)
+        return bank.one(expert, rows)

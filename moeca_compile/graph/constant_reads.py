@@ -81,7 +81,9 @@ class WithConstants(Interpreter):
 
     def _size(self, source: Node) -> Any:
         value = self._known.get(source)
-        return int(value) if _is_number(value) else self.env[source]
+        if isinstance(value, Tensor) and _is_number(value):
+            return int(value)
+        return self.env[source]
 
 
 def _reads(node: Node, known: dict[Node, Any]) -> bool:

@@ -22,12 +22,9 @@ from moeca_compile import Options
 from moeca_compile.debug.compat import compare
 from reference import Reference
 
-# One way of running the experts for every block, each way at least once; the others are slow.
-QUICK = (
-    "HiDream image transformer, packed", "NucleusMoE image transformer, loop",
-    "Mixtral block, batched_mm", "Qwen2-MoE block, batched_mm", "DeepSeek-V3 block, batched_mm",
-    "OLMoE block, grouped_mm", "gpt-oss block, eager",
-)  # fmt: skip
+# What every run pays for; the other cases are slow.
+QUICK_ROWS = ("HiDream image transformer, as its pipeline", "gpt-oss block, eager")
+QUICK_JUDGED = ("gpt-oss block, eager",)
 pytestmark = [  # of the libraries, when they are imported or traced
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -35,12 +32,13 @@ pytestmark = [  # of the libraries, when they are imported or traced
 ]
 
 
-def parameters(chosen: Callable[[Case], bool] = lambda _: True) -> list[Any]:
-    """The chosen cases as parameters; those outside of QUICK and the checkouts are slow."""
+def parameters(
+    quick: tuple[str, ...] = (), chosen: Callable[[Case], bool] = lambda _: True
+) -> list[Any]:
+    """The chosen cases as parameters; those outside of `quick` and the checkouts are slow."""
     found = []
     for case in filter(chosen, CASES):
-        quick = case.name.startswith(QUICK) or "/" in case.source
-        marks = () if quick else (pytest.mark.slow,)
+        marks = () if case.name.startswith(quick) or "/" in case.source else (pytest.mark.slow,)
         found.append(pytest.param(case, id=case.name.replace(" ", "_"), marks=marks))
     return found
 
@@ -50,7 +48,7 @@ def _as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     run_as_graphs(monkeypatch)
 
 
-@pytest.mark.parametrize("case", parameters())
+@pytest.mark.parametrize("case", parameters(QUICK_ROWS))
 def test_row_of_the_table(case: Case) -> None:
     """One graph, all regions, equal to eager without caching, reuse; or the gap it is known for."""
     model, calls = case.build()
@@ -72,7 +70,7 @@ def test_row_of_the_table(case: Case) -> None:
     assert (row.regions_matched, row.graphs_moeca) == (regions, 1)
 
 
-@pytest.mark.parametrize("case", parameters(lambda c: not c.gap))
+@pytest.mark.parametrize("case", parameters(chosen=lambda c: not c.gap))
 def test_whole_exact_and_fresh(case: Case) -> None:
     model, calls = case.build()
     compiled = compile_case(
@@ -91,7 +89,7 @@ def test_whole_exact_and_fresh(case: Case) -> None:
         assert error_of(new, model, calls[0]) <= case.tolerance
 
 
-@pytest.mark.parametrize("case", parameters(lambda c: c.view and not c.gap))
+@pytest.mark.parametrize("case", parameters(QUICK_JUDGED, lambda c: c.view and not c.gap))
 def test_reuse_equals_the_reference(case: Case) -> None:
     model, keyword_calls = case.build()
     calls = [tuple(call.values()) for call in keyword_calls]

@@ -13,15 +13,18 @@ computes only the routed rows.
 
 Cache form: `cache_read`, `cache_write`, `cache_fill`, `expert_thresholds` and `guard_branches` are
 what `insert_cache` puts around regions; lowering replaces them by ops that Inductor fuses.
-`grouped_linear` stays an op: its group sizes are known only at run time.
+`grouped_linear` and `grouped_experts` stay ops: their group sizes are known only at run time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .lowering import guards
+from .lowering.expert_programs import run_grouped
 
 
 @torch.library.custom_op("moeca::expert_rows", mutates_args=())
@@ -80,6 +83,43 @@ def grouped_linear(
 @grouped_linear.register_fake
 def _(rows: Tensor, ends: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return rows.new_empty(rows.shape[0], weights[0].shape[-2])
+
+
+@torch.library.custom_op("moeca::grouped_experts", mutates_args=())
+def grouped_experts(
+    rows: list[Tensor],
+    index: Tensor,
+    ends: Tensor,
+    params: list[Tensor],
+    counts: list[int],
+    program: str,
+    width: int,
+) -> Tensor:
+    """Outputs [R, width] of whole experts for the rows `index [R]`, which is sorted by expert.
+
+    rows: each [T, D]; ends: [E] as in `grouped_linear`; params: for each parameter E tensors, or
+    one stacked [E, ...] where `counts` says 1; program: one expert's body, see
+    `lowering.expert_programs`. Runs on a CPU, where `ends` is read for free.
+    """
+    banks: list[Any] = []
+    given = iter(params)
+    for count in counts:
+        bank = [next(given) for _ in range(count)]
+        banks.append(bank[0] if count == 1 else bank)
+    return run_grouped(program, rows, index, ends.tolist(), banks, width)
+
+
+@grouped_experts.register_fake
+def _(
+    rows: list[Tensor],
+    index: Tensor,
+    ends: Tensor,
+    params: list[Tensor],
+    counts: list[int],
+    program: str,
+    width: int,
+) -> Tensor:
+    return rows[0].new_empty(index.shape[0], width)
 
 
 @torch.library.custom_op("moeca::cache_read", mutates_args=())

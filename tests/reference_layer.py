@@ -65,7 +65,7 @@ def refresh_layer(call: LayerCall) -> tuple[Tensor, ReferenceLayer]:
         shared=shared,
         shared_in=u,
         attn=attn,
-        attn_in=a,
+        attn_in=call.x,
         k=k,
         v=v,
     )
@@ -105,14 +105,14 @@ def reuse_router_first(call: LayerCall, old: LayerState) -> tuple[Tensor, Refere
 
 
 def reuse_attention_first(call: LayerCall, old: LayerState) -> tuple[Tensor, ReferenceLayer]:
-    """Attention and shared experts choose tokens by their own input's drift; budget rule only."""
+    """Attention chooses tokens by the drift of the stream it reads, shared experts by that of
+    their input times their output's size; budget rule only."""
     block, budget = call.block, call.options.budget
     if budget is None:
         raise ValueError("attention first needs a budget")
     forced = call.forced or Forced(set())
-    a = block.attention_input(call.x, call.c)
     attended_tokens, disputed_a = choose_tokens(
-        call, relative_drift(a, old.attn_in), budget, forced.attended
+        call, relative_drift(call.x, old.attn_in), budget, forced.attended
     )
     attended = write_attention(call, old, attended_tokens)
     h = block.add_attention(call.x, attended.attn, call.c)
@@ -207,7 +207,7 @@ def write_attention(call: LayerCall, old: LayerState, tokens: Tensor) -> Attende
     v = torch.where(per_token[:, None, :, None], fresh_v, old.v)
     fresh = call.block.attend(q, k, v)
     attn = torch.where(per_token[..., None], fresh, old.attn)
-    return Attended(attn, torch.where(per_token[..., None], a, old.attn_in), k, v)
+    return Attended(attn, torch.where(per_token[..., None], call.x, old.attn_in), k, v)
 
 
 def write_branches(

@@ -39,7 +39,7 @@ class LayerState:
     shared: Tensor  # [T, D]
     shared_in: Tensor  # [T, Din] input the shared row was computed from
     attn: Tensor  # [B, N, D]
-    attn_in: Tensor  # [B, N, D] input the attention row was computed from
+    attn_in: Tensor  # [B, N, D] stream the attention row was computed from
     k: Tensor  # [B, G, N, d]
     v: Tensor  # [B, G, N, d]
 

@@ -26,6 +26,7 @@ CACHE_OPS = {
     torch.ops.aten.index_copy_.default: "write",
     torch.ops.aten.copy_.default: "write",
     torch.ops.moeca.grouped_linear.default: "experts",
+    torch.ops.moeca.grouped_experts.default: "experts",
 }
 
 

@@ -22,6 +22,7 @@ HEAVY = {
     aten.conv2d.default,
     aten.scaled_dot_product_attention.default,
     torch.ops.moeca.grouped_linear.default,
+    torch.ops.moeca.grouped_experts.default,
     torch.ops.moeca.select_experts.default,
     routed_experts,
 }

@@ -50,7 +50,8 @@ class AttentionRegion:
     """Attention from its output `root` to the `core` (SDPA or the product with V).
 
     key_value: K and V where their rows are the query's tokens. input: what the first projection of
-    the queries reads. beside: rows of other streams from the same core, computed in full.
+    the queries reads. stream: the value above it that its rows are gathered from in a reuse step.
+    beside: rows of other streams from the same core, computed in full.
     """
 
     name: str
@@ -60,6 +61,7 @@ class AttentionRegion:
     key_value: tuple[RowRoot, ...]
     input: RowRoot
     beside: tuple[StreamPart, ...] = ()
+    stream: RowRoot | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 moeca.cache_read(c, T)          ->  c[:T]                      a view
 moeca.cache_write(c, idx, rows) ->  c.index_copy_(0, idx, rows)   O(len(idx)), in place
 moeca.cache_fill(c, rows)       ->  c.copy_(rows)
-moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined
+moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined, its results stored
 """
 
 from __future__ import annotations
@@ -34,12 +34,19 @@ def _fill(cache: Tensor, rows: Tensor) -> None:
     cache.copy_(rows)
 
 
+def _guard(*args: Any) -> tuple[Tensor, ...]:
+    """Values per slot that every kernel behind reads: stored once, as `as_strided` makes Inductor
+    do. Otherwise each works them out again from the router's output, for every element of a row.
+    """
+    return tuple(v.as_strided(v.shape, v.stride()) for v in guards.guard_branches(*args))
+
+
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     moeca.cache_read.default: _read,
     moeca.cache_write.default: _write,
     moeca.cache_fill.default: _fill,
     moeca.expert_thresholds.default: guards.expert_thresholds,
-    moeca.guard_branches.default: guards.guard_branches,
+    moeca.guard_branches.default: _guard,
 }
 
 

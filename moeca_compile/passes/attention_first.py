@@ -1,7 +1,10 @@
 """Attention before routing: every part picks its own rows, all counts are known beforehand.
 
-    drift of the attention's input -> n tokens per sample -> K, V, attention rows
+    drift of the stream the attention reads -> n tokens per sample -> K, V, attention rows
     router on that stream -> guard -> R branches per sample;  shared expert: its own n tokens
+
+The stream, and not what norm and modulation make of it for the projection: that is made of the
+chosen rows only.
 
 No size depends on the data, so nothing waits for the device. With a budget of 1 a reuse step is a
 true refresh, which the paper's order is not (its router has seen cached attention).
@@ -53,8 +56,10 @@ class AttentionFirst(ReuseLayer):
         region = self.region
         with set_current_meta(region.routed):
             rows = [self.evaluator.value(r).reshape(self.layer.tokens, -1) for r in region.rows]
-            self.guard(self.evaluator.value(region.ids), self.evaluator.value(region.weights), rows)
-            self.compute_branches(rows)
+            drift = self.input_drift(rows)
+            ids, weights = self.evaluator.value(region.ids), self.evaluator.value(region.weights)
+            self.guard(ids, weights, drift)
+            self.compute_branches(rows, drift)
             shared = self._share(rows) if self.layer.shared else None
             self.count(self.attended, shared)
             self.combine()
@@ -62,12 +67,13 @@ class AttentionFirst(ReuseLayer):
     def _share(self, rows: list[Tensor]) -> TokenRows:
         """Shared experts of the tokens whose output is large and whose input has moved."""
         drift = self.summed_drift("shared_in", rows)
-        caches = [self.inputs.caches[c.name] for c in self.layer.shared]
-        outs = [moeca.cache_read(c, self.layer.tokens) for c in caches]
-        size = sum((o.float().norm(dim=-1) for o in outs), torch.zeros_like(drift))
+        norms = [self.cache(field) for field in self.layer.shared_norms]
+        size = torch.stack([moeca.cache_read(n, self.layer.tokens) for n in norms]).sum(0)
         chosen = self._most_drifted(drift * size)
         for i, r in enumerate(rows):
             picked = r.index_select(0, chosen.selection.flat)
             moeca.cache_write(self.cache(f"shared_in{i}"), chosen.write_index, picked)
-        self.refresh_rows(self.layer.shared, chosen)
+        made = self.refresh_rows(self.layer.shared, chosen)
+        for norm, fresh in zip(norms, made, strict=True):
+            moeca.cache_write(norm, chosen.write_index, fresh.float().norm(dim=-1))
         return chosen

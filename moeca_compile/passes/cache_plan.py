@@ -4,6 +4,7 @@ MoE layer "blocks.0.moe", T tokens, K slots, D wide:
     slot_ids [T, K]  slot_weight [T, K]  slot_norm [T * K + 1]  slot_out [T * K + 1, D]
     spatial [E, N]   attn0, key_value0.. [T + 1, W]  shared0 [T + 1, D]
     token_in0 [T + 1, Din]  slot_drift [T, K]        only where the drift is scored
+    shared_in0 [T + 1, Din]  shared_norm0 [T + 1]    only where the shared expert picks its own rows
 The row behind the last takes the writes of padding rows.
 """
 
@@ -26,7 +27,8 @@ from .histories import Histories, plan_histories
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Row caches of one attention region; `input` is the cached input under attention_first."""
+    """Row caches of one attention region; `input` under attention_first: what its rows are made
+    from, whose drift chooses them."""
 
     region: AttentionRegion
     root: RowCache
@@ -57,6 +59,11 @@ class LayerPlan:
         """Caches of the expert input: when a token's branches, its shared rows, were written."""
         fields = ("token_in", self.tracks_drift), ("shared_in", self.shared_rows)
         return tuple(name for name, wanted in fields if wanted)
+
+    @property
+    def shared_norms(self) -> tuple[str, ...]:
+        """Caches of the shared outputs' norms, where the shared expert picks its own rows."""
+        return tuple(f"shared_norm{i}" for i in range(len(self.shared) * self.shared_rows))
 
     @property
     def roots(self) -> frozenset[Node]:
@@ -130,7 +137,7 @@ def _plan_layer(region: MoERegion, number: int, options: Options) -> LayerPlan:
             a,
             cache(f"attention{i}", a.root),
             tuple(cache(f"attention{i}.kv{j}", r) for j, r in enumerate(a.key_value)),
-            cache(f"attention{i}.input", a.input) if own_rows else None,
+            cache(f"attention{i}.input", a.stream or a.input) if own_rows else None,
         )
         for i, a in enumerate(region.attention)
     )
@@ -166,6 +173,8 @@ def _specs(layer: LayerPlan) -> list[CacheSpec]:
     ]
     if layer.tracks_drift:
         specs.append(spec("slot_drift", (tokens, slots), torch.float32, "slot"))
+    for name in layer.shared_norms:
+        specs.append(spec(name, (tokens + 1,), torch.float32, "norm"))
     for name in layer.input_fields:
         for i, rows in enumerate(region.rows):
             width = _val(rows).numel() // tokens

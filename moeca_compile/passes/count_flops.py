@@ -16,6 +16,7 @@ from ..graph.dry_run import dry_pull
 from ..graph.experts import ExpertRows, SortedRows, per_expert
 from ..graph.region import RowRoot
 from ..graph.retrace import AtenGraph
+from ..lowering.expert_programs import program_flops
 from ..options import Options
 from ..runtime.stats import Costs, LayerCost
 from .cache_plan import CachePlan, LayerPlan
@@ -35,9 +36,20 @@ def _grouped_flops(rows: Any, ends: Any, weights: Any, *args: Any, **kwargs: Any
     return 2 * rows[0] * rows[1] * weights[0][-2]
 
 
+def _program_flops(
+    rows: Any, index: Any, ends: Any, params: Any, counts: Any, program: str, *args: Any, **_: Any
+) -> int:
+    given, shapes = iter(params), []
+    for count in counts:
+        stacked, *_ = [next(given) for _ in range(count)]
+        shapes.append(stacked[1:] if count == 1 else stacked)
+    return program_flops(program, index[0], len(rows), shapes)
+
+
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.moeca.grouped_linear: _grouped_flops,
+    torch.ops.moeca.grouped_experts: _program_flops,
 }
 
 

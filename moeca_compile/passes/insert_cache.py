@@ -15,8 +15,9 @@ extra output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.fx.traceback import set_current_meta
 
 from ..graph.evaluate import Evaluator
 from ..graph.experts import sort_branches
+from ..graph.row_cache import RowCache
 from ..options import Options
 from .attention_first import AttentionFirst
 from .cache_plan import CachePlan, LayerPlan
@@ -143,20 +145,36 @@ def _install_full(
     if caches is None:
         return
 
-    def stored(cache_name: str, node: Node, to_rows: Callable[[Tensor], Tensor]) -> None:
-        def build() -> None:
-            value = evaluator.run_own(node)
-            evaluator.set(node, value)
-            with set_current_meta(node):
-                moeca.cache_fill(caches[cache_name], to_rows(value))
-
-        evaluator.replace(node, build)
-
+    stores: dict[Node, list[Callable[[Tensor], None]]] = {}
     for attention in layer.attention:
         for cache in (attention.root, *attention.key_value, *attention.own_input):
-            stored(cache.name, cache.root.node, cache.to_rows)
-    for cache in layer.shared:
-        stored(cache.name, cache.root.node, cache.to_rows)
+            stores.setdefault(cache.root.node, []).append(partial(_fill_rows, caches, cache))
+    for number, cache in enumerate(layer.shared):
+        norms = [caches[layer.name(n)] for n in layer.shared_norms[number : number + 1]]
+        store = partial(_fill_rows, caches, cache, norms=norms)
+        stores.setdefault(cache.root.node, []).append(store)
+    for node, actions in stores.items():
+        evaluator.replace(node, partial(_compute_and_store, evaluator, node, actions))
+
+
+def _compute_and_store(
+    evaluator: Evaluator, node: Node, actions: Sequence[Callable[[Tensor], None]]
+) -> None:
+    value = evaluator.run_own(node)
+    evaluator.set(node, value)
+    with set_current_meta(node):
+        for act in actions:
+            act(value)
+
+
+def _fill_rows(
+    caches: dict[str, Tensor], cache: RowCache, value: Tensor, norms: Sequence[Tensor] = ()
+) -> None:
+    """Store all rows of a value, and where asked for their norms [T]."""
+    rows = cache.to_rows(value)
+    moeca.cache_fill(caches[cache.name], rows)
+    for norm in norms:
+        moeca.cache_fill(norm, rows.float().norm(dim=-1))
 
 
 def _route_all(
@@ -168,7 +186,7 @@ def _route_all(
         rows = [evaluator.value(r).reshape(layer.tokens, -1) for r in region.rows]
         order, groups = sort_branches(ids.reshape(-1), region.num_experts)
         token = torch.div(order, region.top_k, rounding_mode="floor")
-        out = run_experts(evaluator, region, [r.index_select(0, token) for r in rows], groups)
+        out = run_experts(evaluator, region, rows, token, groups)
         if caches is None:
             branches = out.index_select(0, torch.argsort(order))
         else:

@@ -21,7 +21,7 @@ from ..graph.attention import find_attention, pull_attention
 from ..graph.dataflow import ancestors, descendants, is_heavy
 from ..graph.dry_run import dry_pull
 from ..graph.experts import num_experts_of, routed_experts
-from ..graph.layout import RowSpace, row_layout, tags
+from ..graph.layout import RowSpace, is_windowed, row_layout, tags
 from ..graph.region import (
     AttentionRegion,
     MoERegion,
@@ -62,7 +62,28 @@ def match_regions(gm: GraphModule) -> Regions:
     # other streams of a paired core are computed in full, as they should be
     beside = {a.root.node for a in attention if a.core in {p.core for p in paired}}
     left = tuple(m for m in missed if m.kind != "attention" or m.node not in beside)
-    return Regions(tuple(regions), tuple(attention), left, final)
+    moe = tuple(
+        replace(r, attention=tuple(_with_stream(a, roots, final) for a in r.attention))
+        for r in regions
+    )
+    return Regions(moe, tuple(attention), left, final)
+
+
+def _with_stream(
+    region: AttentionRegion, roots: set[Node], needed: frozenset[Node]
+) -> AttentionRegion:
+    """With the one value, needed in full anyway, whose token rows the attention is made from."""
+    dry = pull_attention(region, set(needed))
+    met = dry.requested.items() if dry is not None else ()
+    streams = [
+        RowRoot(node, layout)
+        for node, layout in met
+        if node in needed - roots
+        and node.op != "placeholder"
+        and set().union(*map(tags, layout)) == {"b", "n"}
+        and not is_windowed(layout, region.space)
+    ]
+    return replace(region, stream=streams[0]) if len(streams) == 1 else region
 
 
 def needed_in_full(

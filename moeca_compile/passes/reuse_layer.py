@@ -99,15 +99,21 @@ class ReuseLayer(ABC):
         rows = moeca.cache_read(self.inputs.caches[cache.name], self.layer.tokens)
         return cache.from_rows(rows)
 
-    def refresh_rows(self, caches: tuple[RowCache, ...], rows: TokenRows) -> None:
-        """Recompute the selected rows of each root in turn; its value is then its whole cache."""
+    def refresh_rows(self, caches: tuple[RowCache, ...], rows: TokenRows) -> list[Tensor]:
+        """Recompute the selected rows of each root in turn; its value is then its whole cache.
+
+        Returns the new rows of each cache, [R, width].
+        """
         puller = RowPuller(rows.selection, self.evaluator.value, self._outside.__contains__)
+        made = []
         for cache in caches:
             root = cache.root
             with set_current_meta(root.node):
                 fresh = cache.to_rows(puller.pull(root.node, root.layout), rows.selection)
                 moeca.cache_write(self.inputs.caches[cache.name], rows.write_index, fresh)
                 self.evaluator.set(root.node, self.read(cache))
+            made.append(fresh)
+        return made
 
     def put_off_other_streams(self) -> None:
         """Rows of other streams from the same attention come after the cached keys and values."""
@@ -129,9 +135,9 @@ class ReuseLayer(ABC):
         now = now.to(cache.dtype).float()  # what rounding took from the cached row is no drift
         return (now - then).norm(dim=-1) / then.norm(dim=-1).clamp(min=1e-12)
 
-    def input_drift(self, rows: list[Tensor]) -> Tensor:
-        """Drift [T] of the expert inputs, summed where experts take several."""
-        return self.summed_drift("token_in", rows)
+    def input_drift(self, rows: list[Tensor]) -> Tensor | None:
+        """Drift [T] of the expert inputs, summed where they take several; None: not scored."""
+        return self.summed_drift("token_in", rows) if self.layer.tracks_drift else None
 
     def summed_drift(self, field: str, rows: list[Tensor]) -> Tensor:
         """Drift [T] against the caches `field`0, `field`1, ..., summed."""
@@ -140,7 +146,7 @@ class ReuseLayer(ABC):
 
     # -- routing ---------------------------------------------------------------------------------
 
-    def guard(self, ids: Tensor, weights: Tensor, rows: list[Tensor]) -> None:
+    def guard(self, ids: Tensor, weights: Tensor, input_drift: Tensor | None) -> None:
         """Decide the branches to compute; results stay on the object, [T, K] in slot order."""
         options, shape = self.options, (self.layer.tokens, self.region.top_k)
         ids = ids.reshape(shape)
@@ -151,8 +157,8 @@ class ReuseLayer(ABC):
         slot_weight = self.cache("slot_weight")
         slot_norm = moeca.cache_read(self.cache("slot_norm"), self.layer.branches)
         drift = torch.zeros_like(slot_weight)
-        if self.layer.tracks_drift:
-            drift = self.input_drift(rows).unsqueeze(1) + self.cache("slot_drift")
+        if input_drift is not None:
+            drift = input_drift.unsqueeze(1) + self.cache("slot_drift")
         self.computed, self.now, self.slot_weights, self.share, self.matched = moeca.guard_branches(
             ids,
             weights.reshape(shape),
@@ -186,7 +192,7 @@ class ReuseLayer(ABC):
 
     # -- branches --------------------------------------------------------------------------------
 
-    def compute_branches(self, rows: list[Tensor]) -> None:
+    def compute_branches(self, rows: list[Tensor], input_drift: Tensor | None) -> None:
         """Run the selected experts on their rows, store outputs, norms and the tokens' inputs."""
         region, flat = self.region, self.computed.reshape(-1)
         count = self.budget(self.inputs.branches, self.layer.branches)
@@ -200,27 +206,27 @@ class ReuseLayer(ABC):
         branch = order.narrow(0, 0, count)
         groups = SortedRows(groups.ends, groups.experts.narrow(0, 0, count))
         token = torch.div(branch, region.top_k, rounding_mode="floor")
-        picked = [r.index_select(0, token) for r in rows]
-        out = run_experts(self.evaluator, region, picked, groups)
+        out = run_experts(self.evaluator, region, rows, token, groups)
         valid = flat[branch]
         index = torch.where(valid, branch, self.layer.branches)
         moeca.cache_write(self.cache("slot_out"), index, out)
         moeca.cache_write(self.cache("slot_norm"), index, out.float().norm(dim=-1))
-        self._update_slots(rows, picked, torch.where(valid, token, self.layer.tokens))
+        self._update_slots(input_drift)
+        if input_drift is not None:
+            # A token with two computed branches is written twice, with the same row.
+            written = torch.where(valid, token, self.layer.tokens)
+            for i, r in enumerate(rows):
+                moeca.cache_write(self.cache(f"token_in{i}"), written, r.index_select(0, token))
 
-    def _update_slots(self, rows: list[Tensor], picked: list[Tensor], index: Tensor) -> None:
-        """Ids, weights, drift and inputs of all tokens with a computed branch, written together."""
+    def _update_slots(self, input_drift: Tensor | None) -> None:
+        """Ids, weights and drift of all tokens with a computed branch, written together."""
         moved = self.computed.any(1, keepdim=True)
         slot_ids, slot_weight = self.cache("slot_ids"), self.cache("slot_weight")
         moeca.cache_fill(slot_weight, torch.where(moved, self.share, slot_weight))
         moeca.cache_fill(slot_ids, torch.where(self.computed, self.now, slot_ids))
-        if not self.layer.tracks_drift:
-            return
-        older = self.cache("slot_drift") + self.input_drift(rows).unsqueeze(1) * moved
-        moeca.cache_fill(self.cache("slot_drift"), torch.where(self.computed, 0.0, older))
-        # A token with two computed branches is written twice, with the same row.
-        for i, r in enumerate(picked):
-            moeca.cache_write(self.cache(f"token_in{i}"), index, r)
+        if input_drift is not None:
+            older = self.cache("slot_drift") + input_drift.unsqueeze(1) * moved
+            moeca.cache_fill(self.cache("slot_drift"), torch.where(self.computed, 0.0, older))
 
     def combine(self) -> None:
         """The combine as written, on slot order: it sums over the slots, their order is free."""

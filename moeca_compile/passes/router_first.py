@@ -37,7 +37,7 @@ class RouterFirst(ReuseLayer):
             stale = self._stale_view()
             ids, weights = stale(self.region.ids), stale(self.region.weights)
             rows = [stale(r).reshape(self.layer.tokens, -1) for r in self.region.rows]
-            self.guard(ids, weights, rows)
+            self.guard(ids, weights, self.input_drift(rows))
             self.rows = self._select(self.computed.any(1))
         for attention in self.layer.attention:
             self.refresh_rows((*attention.key_value, attention.root), self.rows)
@@ -70,7 +70,7 @@ class RouterFirst(ReuseLayer):
             rows = [
                 self.evaluator.value(r).reshape(self.layer.tokens, -1) for r in self.region.rows
             ]
-            self.compute_branches(rows)
+            self.compute_branches(rows, self.input_drift(rows))
             self.refresh_rows(self.layer.shared, self.rows)
             self.count(self.rows, self.rows)
             self.combine()

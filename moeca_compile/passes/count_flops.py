@@ -37,16 +37,24 @@ def _grouped_flops(rows: Any, ends: Any, weights: Any, *args: Any, **kwargs: Any
 
 
 def _program_flops(
-    rows: Any, index: Any, ends: Any, params: Any, counts: Any, program: str, *args: Any, **_: Any
+    rows: Any,
+    index: Any,
+    ends: Any,
+    params: Any,
+    counts: Any,
+    program: str,
+    width: Any,
+    **kwargs: Any,
 ) -> int:
-    given, shapes = iter(params), []
+    given = iter(params)
+    shapes: list[Any] = []
     for count in counts:
         stacked, *_ = [next(given) for _ in range(count)]
         shapes.append(stacked[1:] if count == 1 else stacked)
     return program_flops(program, index[0], len(rows), shapes)
 
 
-FORMULAS = {
+FORMULAS: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.moeca.grouped_linear: _grouped_flops,
     torch.ops.moeca.grouped_experts: _program_flops,

@@ -66,7 +66,9 @@ def match_regions(gm: GraphModule) -> Regions:
         replace(r, attention=tuple(_with_stream(a, roots, final) for a in r.attention))
         for r in regions
     )
-    return Regions(moe, tuple(attention), left, final)
+    streams = {a.root.node: a.stream for r in moe for a in r.attention}
+    found = tuple(replace(a, stream=streams.get(a.root.node)) for a in attention)
+    return Regions(moe, found, left, final)
 
 
 def _with_stream(

@@ -24,17 +24,19 @@ from .passes.cache_plan import CachePlan, plan_cache
 from .passes.constant_cumsum import ConstantCumsum
 from .passes.dense_selections import DenseSelections
 from .passes.distinct_experts import DistinctExperts
-from .passes.find_expert_choice import FindExpertChoice
 from .passes.fit_cache import fit_cache
 from .passes.match_regions import match_regions
+from .passes.normalize_choice import NormalizeChoice
 from .passes.normalize_experts import NormalizeExperts
 from .passes.normalize_gathered import NormalizeGathered
 from .passes.normalize_grouped import NormalizeGrouped
+from .passes.normalize_pool import NormalizePool
 from .passes.verify import verify
 
 PASSES: tuple[Pass, ...] = (
     DenseSelections(),
-    FindExpertChoice(),
+    NormalizePool(),
+    NormalizeChoice(),
     NormalizeExperts(),
     NormalizeGathered(),
     NormalizeGrouped(),

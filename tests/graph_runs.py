@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import moeca_compile
 import moeca_compile.lowering.variants as variants_module
 from moeca_compile.backend import moeca
+from moeca_compile.graph.region import ChoiceRegion
 from moeca_compile.runtime.entry import CompiledEntry
 from moeca_compile.runtime.registry import REGISTRY
 
@@ -67,11 +68,13 @@ def watched_call(compiled: Callable[..., Any], *args: Any) -> WatchedStep:
     )
     pairs, attended, shared = [], [], []
     for layer in entry.variants.analysis.plan.layers if before else ():
-        slots = layer.region.top_k
-        out = layer.name("slot_out")
-        moved = (after[out] != before[out]).any(-1)[: layer.branches].reshape(-1, slots)
-        ids = after[layer.name("slot_ids")]
-        pairs.append({(int(t), int(ids[t, j])) for t, j in moved.nonzero()})
+        out, ids = layer.name("slot_out"), after[layer.name("slot_ids")]
+        moved = (after[out] != before[out]).any(-1)[: layer.branches].reshape(ids.shape)
+        if isinstance(layer.region, ChoiceRegion):  # ids [R]: token * E + expert
+            branches = [divmod(int(b), layer.region.num_experts) for b in ids[moved]]
+            pairs.append(set(branches))
+        else:
+            pairs.append({(int(t), int(ids[t, j])) for t, j in moved.nonzero()})
         written = [_moved(before, after, [a.root.name], layer.tokens) for a in layer.attention]
         attended.append(set().union(*written))
         shared.append(_moved(before, after, [c.name for c in layer.shared], layer.tokens))

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from ..capture import CaptureReport, compiling_for_moeca, install, uninstall
 from ..capture.install import is_installed
 from ..capture.sandbox import copy_arguments, undisturbed
-from ..graph.region import MoERegion, NoMatch, Regions, source_line
+from ..graph.region import ChoiceRegion, MoERegion, NoMatch, Regions, source_line
 from ..graph.retrace import Untraceable
 from ..options import Options
 from ..pipeline import Analysis, analyse
@@ -125,11 +125,11 @@ def _matched(regions: Regions, left_out: Sequence[MoERegion]) -> list[ExplainedR
     found = []
     for moe in regions.moe:
         why = "max_cache_bytes" if moe in left_out else ""
-        detail = f"{moe.num_experts} experts, top-{moe.top_k}, {len(moe.shared)} shared"
+        top_k = None if isinstance(moe, ChoiceRegion) else moe.top_k
         found.append(
             ExplainedRegion(
-                "moe", moe.name, True, why, detail, source_line(moe.routed),
-                moe.num_experts, moe.top_k, "match_regions", moe.routed.name,
+                "moe", moe.name, True, why, moe.description, source_line(moe.routed),
+                moe.num_experts, top_k, "match_regions", moe.routed.name,
             )
         )  # fmt: skip
         for a in moe.attention:

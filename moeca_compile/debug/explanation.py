@@ -22,8 +22,9 @@ class ExplainedRegion:
     """kind: "moe" or "attention"; name: module path; reason: why it is not matched, or matched
     and still not cached; else empty.
 
-    num_experts, top_k: of a MoE layer, else None. location: file:line in the user's code. stage:
-    the last stage that looked at it; node: what it stopped at, in that stage's graph.
+    num_experts, top_k: of a MoE layer, else None; no top_k where experts choose. location:
+    file:line in the user's code. stage: the last stage that looked at it; node: what it stopped
+    at, in that stage's graph.
     """
 
     kind: str

@@ -99,10 +99,10 @@ def _layer(cost: LayerCost, plan: LayerPlan, options: Options) -> tuple[float, f
 
 
 def _branches(plan: LayerPlan, options: Options) -> Bounds:
-    samples = plan.region.space.samples
+    groups = plan.region.groups
     if options.budget is None:
         return MIN_ROWS, plan.branches
-    exact = samples * _allowed(options.budget, plan.branches // samples)
+    exact = groups * _allowed(options.budget, plan.branches // groups)
     return exact, exact
 
 

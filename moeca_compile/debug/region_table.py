@@ -12,7 +12,7 @@ def region_table(regions: Regions, plan: CachePlan) -> str:
     """One line per region: kind, module path, what it is, or why it did not match and where."""
     rows = []
     for moe in regions.moe:
-        shape = f"{moe.num_experts} experts, top-{moe.top_k}, {len(moe.shared)} shared"
+        shape = moe.description
         shape += "; not cached: max_cache_bytes" if moe in plan.left_out else ""
         rows.append(("moe", moe.name, "yes", shape, moe.routed.name))
         for attention in moe.attention:

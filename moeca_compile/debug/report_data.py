@@ -136,8 +136,9 @@ def _maps(steps: Sequence[StepRecord], history: History) -> dict[str, list[list[
         computed, unmatched = [], []
         for number, layer in enumerate(history.layers):
             line = counts[number] if counts else None
-            computed.append(_share(line["branches_computed"], layer.branches) if line else full)
-            unmatched.append(_share(line["unmatched"], layer.branches) if line else None)
+            whole = line["branches"] if line and layer.region.open_ended else layer.branches
+            computed.append(_share(line["branches_computed"], whole) if line else full)
+            unmatched.append(_share(line["unmatched"], whole) if line else None)
         found["computed"].append(computed)
         found["unmatched"].append(unmatched)
         found["drift"].append([_number(d) for d in drift] or [None] * len(history.layers))

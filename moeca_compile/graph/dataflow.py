@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
+from .chosen import chosen_experts
 from .experts import routed_experts
 
 aten = torch.ops.aten
@@ -25,6 +26,7 @@ HEAVY = {
     torch.ops.moeca.grouped_experts.default,
     torch.ops.moeca.select_experts.default,
     routed_experts,
+    chosen_experts,
 }
 
 

@@ -10,8 +10,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from torch.fx import Node
 
+from .chosen import Groups
 from .layout import Layout, RowSpace
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -79,6 +81,79 @@ class MoERegion:
     top_k: int
     shared: tuple[RowRoot, ...] = ()
     attention: tuple[AttentionRegion, ...] = ()
+
+    @property
+    def branches(self) -> int:
+        """Branches of a step, all samples together."""
+        return self.space.rows * self.top_k
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether how many branches there are depends on the data; `branches` is then the most."""
+        return False
+
+    @property
+    def groups(self) -> int:
+        """Groups of tokens that share a budget and a scale of scores: the samples."""
+        return self.space.samples
+
+    def expert_of(self, ids: Tensor) -> Tensor:
+        """Expert of each of the cached `ids`; of an empty slot any number."""
+        return ids
+
+    @property
+    def routing(self) -> tuple[Node, ...]:
+        """All that the router hands on: one step uses one value of each."""
+        return (self.ids, self.weights)
+
+    @property
+    def description(self) -> str:
+        """For tables: how many experts, and who chooses how many."""
+        return f"{self.num_experts} experts, top-{self.top_k}, {len(self.shared)} shared"
+
+
+@dataclass(frozen=True)
+class ChoiceRegion(MoERegion):
+    """Experts that pick their tokens. ids: branch numbers [R], see graph/chosen.py; weights: the
+    gates, R of them in the same order; top_k: the most branches a token can have, E.
+
+    beside: further values that the picks decide and the combine reads. valid: which of the places
+    hold a branch, where the experts' numbers of tokens depend on the data.
+    """
+
+    places: int = 0
+    chosen: Groups = Groups(1, 1)
+    beside: tuple[Node, ...] = ()
+    valid: Node | None = None
+
+    @property
+    def branches(self) -> int:
+        return self.places
+
+    def expert_of(self, ids: Tensor) -> Tensor:
+        return ids % self.num_experts
+
+    @property
+    def open_ended(self) -> bool:
+        return self.valid is not None
+
+    @property
+    def groups(self) -> int:
+        return self.chosen.count
+
+    @property
+    def routing(self) -> tuple[Node, ...]:
+        given = (self.ids, self.weights, *([] if self.valid is None else [self.valid]))
+        return (*given, *(n for n in self.beside if n not in given))
+
+    @property
+    def description(self) -> str:
+        tokens = self.space.rows // self.groups
+        each = self.places // (self.num_experts * self.groups)
+        picked = f"picking up to {each}" if self.valid is not None else f"picking {each}"
+        whole = " of the whole batch" if self.groups < self.space.samples else ""
+        text = f"{self.num_experts} experts {picked} of {tokens} tokens{whole}"
+        return f"{text}, {len(self.shared)} shared"
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,18 @@ def to_real(puller: RowPuller, node: Node, layout: Layout) -> Any:
     return puller.call(node, (puller.pull(node.args[0], layout[:-1]),), {})
 
 
+def transposed_of(node: Node) -> Node | None:
+    """The value [E, O, I] that [E, I, O] is a transpose of; None for anything else."""
+    args: Any = node.args
+    if node.target is aten.mT.default:
+        return args[0]
+    if node.target in SWAPS:
+        return args[0] if {d % 3 for d in args[1:]} == {1, 2} else None
+    if node.target is aten.permute.default:
+        return args[0] if [d % 3 for d in args[1]] == [0, 2, 1] else None
+    return None
+
+
 VIEW_RULES: dict[Any, Rule] = {
     **dict.fromkeys(VIEWS, view),
     aten.view_as_complex.default: to_complex,

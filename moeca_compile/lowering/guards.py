@@ -24,10 +24,17 @@ def expert_thresholds(
     spatial: C of the last step [E, N]; ids: [T, K], T = samples * N. Experts chosen in few places
     (low entropy over positions) get a lower threshold, so they are recomputed more.
     """
+    names = torch.arange(spatial.shape[0], device=ids.device, dtype=ids.dtype)
+    chosen = (ids.unsqueeze(-1) == names).any(1)
+    return chosen_thresholds(spatial, chosen, tau, alpha, beta)
+
+
+def chosen_thresholds(
+    spatial: Tensor, chosen: Tensor, tau: float, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """The same from `chosen [T, E]`: which experts each token goes to."""
     experts, positions = spatial.shape
-    names = torch.arange(experts, device=ids.device, dtype=ids.dtype)
-    chosen = (ids.unsqueeze(-1) == names).any(1).to(spatial.dtype)  # [T, E]
-    share = chosen.reshape(-1, positions, experts).mean(0).t()
+    share = chosen.to(spatial.dtype).reshape(-1, positions, experts).mean(0).t()
     updated = beta * spatial + (1 - beta) * share
     p = updated / updated.sum(1, keepdim=True).clamp(min=EPS)
     entropy = -(p * p.clamp(min=EPS).log()).sum(1)

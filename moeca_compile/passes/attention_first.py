@@ -57,8 +57,7 @@ class AttentionFirst(ReuseLayer):
         with set_current_meta(region.routed):
             rows = [self.evaluator.value(r).reshape(self.layer.tokens, -1) for r in region.rows]
             drift = self.input_drift(rows)
-            ids, weights = self.evaluator.value(region.ids), self.evaluator.value(region.weights)
-            self.guard(ids, weights, drift)
+            self.guard(tuple(self.evaluator.value(n) for n in region.routing), drift)
             self.compute_branches(rows, drift)
             shared = self._share(rows) if self.layer.shared else None
             self.count(self.attended, shared)

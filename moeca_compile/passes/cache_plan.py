@@ -5,6 +5,7 @@ MoE layer "blocks.0.moe", T tokens, K slots, D wide:
     spatial [E, N]   attn0, key_value0.. [T + 1, W]  shared0 [T + 1, D]
     token_in0 [T + 1, Din]  slot_drift [T, K]        only where the drift is scored
     shared_in0 [T + 1, Din]  shared_norm0 [T + 1]    only where the shared expert picks its own rows
+Where experts pick tokens, R places take the part of T * K slots: slot_ids [R], slot_out [R + 1, D].
 The row behind the last takes the writes of padding rows.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Node
 
-from ..graph.region import AttentionRegion, MoERegion, Regions, RowRoot
+from ..graph.region import AttentionRegion, ChoiceRegion, MoERegion, Regions, RowRoot
 from ..graph.retrace import AtenGraph
 from ..graph.row_cache import RowCache
 from ..options import Options
@@ -77,7 +78,7 @@ class LayerPlan:
 
     @property
     def branches(self) -> int:
-        return self.tokens * self.region.top_k
+        return self.region.branches
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ class CachePlan:
             "skip": bool(self.histories.outputs),
         }
         return frozenset(kind for kind, found in possible.items() if found)
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """Variants whose graph returns counts: of full steps too where only the data has them."""
+        full = any(layer.region.open_ended for layer in self.layers)
+        return frozenset({"reuse"} | ({"plain", "refresh"} if full else set()))
 
     @property
     def device(self) -> torch.device:
@@ -157,22 +164,22 @@ def row_specs(layer: LayerPlan, options: Options) -> list[CacheSpec]:
 
 def _specs(layer: LayerPlan) -> list[CacheSpec]:
     region = layer.region
-    device = _val(region.routed).device
-    tokens, slots = layer.tokens, region.top_k
+    device, tokens = _val(region.routed).device, layer.tokens
 
     def spec(field: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str, fill: float = 0):
         return CacheSpec(layer.name(field), shape, dtype, device, kind, fill)
 
-    out = _val(region.routed)
+    out, branches = _val(region.routed), layer.branches
+    slots = (branches,) if isinstance(region, ChoiceRegion) else (tokens, region.top_k)
     specs = [
-        spec("slot_ids", (tokens, slots), _val(region.ids).dtype, "slot", -1),
-        spec("slot_weight", (tokens, slots), torch.float32, "slot"),
-        spec("slot_norm", (tokens * slots + 1,), torch.float32, "norm"),
-        spec("slot_out", (tokens * slots + 1, out.shape[-1]), out.dtype, "branch"),
+        spec("slot_ids", slots, _val(region.ids).dtype, "slot", -1),
+        spec("slot_weight", slots, torch.float32, "slot"),
+        spec("slot_norm", (branches + 1,), torch.float32, "norm"),
+        spec("slot_out", (branches + 1, out.shape[-1]), out.dtype, "branch"),
         spec("spatial", (region.num_experts, region.space.tokens), torch.float32, "spatial"),
     ]
     if layer.tracks_drift:
-        specs.append(spec("slot_drift", (tokens, slots), torch.float32, "slot"))
+        specs.append(spec("slot_drift", slots, torch.float32, "slot"))
     for name in layer.shared_norms:
         specs.append(spec(name, (tokens + 1,), torch.float32, "norm"))
     for name in layer.input_fields:

@@ -27,10 +27,13 @@ from torch.fx.traceback import set_current_meta
 
 from ..graph.evaluate import Evaluator
 from ..graph.experts import sort_branches
+from ..graph.region import ChoiceRegion
 from ..graph.row_cache import RowCache
 from ..options import Options
 from .attention_first import AttentionFirst
 from .cache_plan import CachePlan, LayerPlan
+from .choice_layer import ChoiceAttentionFirst, ChoiceRouterFirst
+from .choice_refresh import compute_all, count_chosen
 from .forecast import (
     finish_refresh,
     hold_layers,
@@ -48,6 +51,10 @@ VARIANTS = ("plain", "refresh", "reuse", "forecast", "skip")
 ORDERS: dict[str, type[ReuseLayer]] = {
     "router_first": RouterFirst,
     "attention_first": AttentionFirst,
+}
+CHOICE_ORDERS: dict[str, type[ReuseLayer]] = {
+    "router_first": ChoiceRouterFirst,
+    "attention_first": ChoiceAttentionFirst,
 }
 
 
@@ -74,8 +81,8 @@ def variant_outputs(
 ) -> tuple[list[Any], Tensor | None]:
     """(the model's outputs, what a step counts or measures or None), evaluated under tracing.
 
-    reuse: int64 [layers, fields]. refresh with stored outputs: float32 [basis * basis]. probe: no
-    outputs, float32 [1].
+    reuse, and full steps in `plan.counted`: int64 [layers, fields]. refresh with stored outputs:
+    float32 [basis * basis], counts before it. probe: no outputs, float32 [1].
     """
     if variant == "skip":
         return skip_outputs(plan.histories, inputs, extra.caches, _mix(extra)), None
@@ -89,10 +96,12 @@ def variant_outputs(
         if node in ends:
             evaluator.value(node)
     outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    counts = count_chosen(evaluator, plan) if variant in plan.counted - {"reuse"} else None
     if variant == "refresh" and plan.histories.outputs:
-        return finish_refresh(plan.histories, inputs, extra.caches, _mix(extra), outputs)
+        outputs, found = finish_refresh(plan.histories, inputs, extra.caches, _mix(extra), outputs)
+        return [*outputs, *([] if counts is None else [counts])], found
     if variant != "reuse":
-        return outputs, None
+        return outputs, counts
     update_layers(plan.histories, evaluator, extra.caches)
     return outputs, torch.stack([r.counters() for r in reuse])
 
@@ -132,7 +141,8 @@ def _reuse_layer(
     needed: frozenset[Node],
 ) -> ReuseLayer:
     counts = (None, None) if extra.counts is None else extra.counts[number].unbind()
-    order = ORDERS[options.order]
+    orders = CHOICE_ORDERS if isinstance(layer.region, ChoiceRegion) else ORDERS
+    order = orders[options.order]
     return order(evaluator, layer, options, ReuseInputs(extra.caches, *counts), needed)
 
 
@@ -141,7 +151,8 @@ def _install_full(
 ) -> None:
     """Every row is computed; with `caches` every row is also stored."""
     region = layer.region
-    evaluator.replace(region.routed, lambda: _route_all(evaluator, layer, options, caches))
+    route = compute_all if isinstance(region, ChoiceRegion) else _route_all
+    evaluator.replace(region.routed, lambda: route(evaluator, layer, options, caches))
     if caches is None:
         return
 

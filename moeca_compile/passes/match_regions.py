@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.attention import find_attention, pull_attention
+from ..graph.chosen import chosen_experts
 from ..graph.dataflow import ancestors, descendants, is_heavy
 from ..graph.dry_run import dry_pull
 from ..graph.experts import num_experts_of, routed_experts
@@ -30,23 +31,28 @@ from ..graph.region import (
     RowRoot,
     module_path,
 )
-from ..graph.row_rules import VIEWS, shape_of
+from ..graph.row_rules import shape_of
 from ..graph.streams import asked_by
 from ..torch_compat import leaves
+from .combine_ops import ADDS_ROWS, CONTRACTIONS, PRODUCTS, THROUGH
+from .match_choice import draft_choice
 
 aten = torch.ops.aten
-CASTS = {aten.to.dtype, aten.type_as.default, aten._to_copy.default, aten.clone.default}
-THROUGH = VIEWS | CASTS | {aten.contiguous.default}
-PRODUCTS = {aten.mul.Tensor, aten.mul_.Tensor}
-CONTRACTIONS = {aten.bmm.default, aten.matmul.default, aten.einsum.default}
 
 
 def match_regions(gm: GraphModule) -> Regions:
     """All regions of a normalised graph, and the near misses with reason and node."""
     missed: list[NoMatch] = []
     attention = find_attention(gm, missed)
-    routed = [n for n in gm.graph.nodes if n.target is routed_experts]
-    drafts = [d for n in routed if (d := _draft_moe(n, attention, missed))]
+    drafts: list[MoERegion] = []
+    for node in gm.graph.nodes:
+        if node.target is chosen_experts:
+            found = draft_choice(node, attention)
+        elif node.target is routed_experts:
+            found = _draft_moe(node, attention)
+        else:
+            continue
+        (missed if isinstance(found, NoMatch) else drafts).append(found)  # type: ignore[arg-type]
     cuts = {d.routed for d in drafts} | {a.root.node for a in attention}
     needed = needed_in_full(gm, drafts, cuts, attention)
     taken: set[Node] = set()
@@ -100,7 +106,7 @@ def needed_in_full(
     """
     seeds = [gm.graph.output_node()]
     for region in regions:
-        seeds += [region.ids, region.weights, *region.rows]
+        seeds += [*region.routing, *region.rows]
     parts = {p.node: p for a in joint for p in a.beside}
     cached = {root.node for a in joint for root in a.key_value}
     needed = ancestors(seeds, stop=cuts | parts.keys())
@@ -113,16 +119,13 @@ def needed_in_full(
     return needed
 
 
-def _draft_moe(
-    routed: Node, attention: list[AttentionRegion], missed: list[NoMatch]
-) -> MoERegion | None:
+def _draft_moe(routed: Node, attention: list[AttentionRegion]) -> MoERegion | NoMatch:
     _, ids, rows, params = routed.args
     name = module_path(routed)
     tokens, top_k = shape_of(ids)
     found = find_combine(routed, tokens, top_k)
     if isinstance(found, NoMatch):
-        missed.append(found)
-        return None
+        return found
     combine, weights = found
     space = next((a.space for a in attention if a.space.rows == tokens), RowSpace(1, tokens))
     return MoERegion(
@@ -210,7 +213,7 @@ def _pair_attention(
     taken: set[Node],
     missed: list[NoMatch],
 ) -> MoERegion:
-    before = ancestors([*draft.rows, draft.ids, draft.weights], stop=cuts)
+    before = ancestors([*draft.rows, *draft.routing], stop=cuts)
     to_rows = ancestors(list(draft.rows), stop=cuts)
     paired: list[AttentionRegion] = []
     for region in reversed(attention):  # attention may feed the queries of another
@@ -267,6 +270,9 @@ def _shared_experts(
     """Operands added to the combined output that are heavy row functions of the expert input."""
     shared: list[RowRoot] = []
     node = region.combine
+    if node.target in ADDS_ROWS:
+        root = _shared_root(node.args[0], region, gm, drafts, cuts)  # type: ignore[arg-type]
+        shared += [root] if root else []
     while len(node.users) == 1:
         (user,) = node.users
         if user.target in (aten.add.Tensor, aten.add_.Tensor):

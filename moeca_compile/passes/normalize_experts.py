@@ -16,18 +16,11 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..graph.expert_columns import NotIsomorphic, align_experts, is_parameter, stack_of
 from ..graph.experts import routed_experts
 from ..graph.region import NoMatch, module_path
 from ..graph.row_rules import Stop
 from .base import PassReport
-
-
-class NotIsomorphic(Exception):
-    """Two experts are not the same graph; `node` is where they part."""
-
-    def __init__(self, reason: str, node: Node):
-        super().__init__(reason)
-        self.node = node
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class NormalizeExperts:
 def lift_experts(gm: GraphModule, select: Node, number: int) -> None:
     """Rewrite one select node. Raises NotIsomorphic or Stop, the graph then unchanged."""
     ids, outs = cast(Node, select.args[0]), list(cast(Sequence[Node], select.args[1]))
-    columns = _align_experts(outs)
+    columns = align_experts(outs, _marked_rows)
     body, rows, params = _build_body(outs[0], columns, len(outs))
     with select.meta["val"].fake_mode, torch.no_grad():
         fake = [r.meta["val"] for r in rows]
@@ -74,56 +67,16 @@ def lift_experts(gm: GraphModule, select: Node, number: int) -> None:
     gm.graph.erase_node(select)
 
 
-def _align_experts(outs: list[Node]) -> dict[Node, list[Node]]:
-    """Each node of expert 0 -> the corresponding node of every expert."""
-    columns: dict[Node, list[Node]] = {}
-
-    def visit(nodes: list[Node]) -> None:
-        first = nodes[0]
-        if first in columns:
-            if columns[first] != nodes:
-                raise NotIsomorphic("experts share values in different ways", nodes[0])
-            return
-        columns[first] = nodes
-        if first.target is torch.ops.moeca.expert_rows.default:
-            _check_markers(nodes)
-            return
-        if first.op in ("placeholder", "get_attr") or all(n is first for n in nodes):
-            return
-        if _stack_of(nodes) is not None:
-            return
-        for other in nodes[1:]:
-            if other.op != first.op or other.target != first.target:
-                raise NotIsomorphic(f"experts differ: {first.target} against {other.target}", other)
-        compare([n.args for n in nodes], first)
-        compare([n.kwargs for n in nodes], first)
-
-    def compare(trees: list[Any], at: Node) -> None:
-        first = trees[0]
-        if isinstance(first, Node):
-            if not all(isinstance(t, Node) for t in trees):
-                raise NotIsomorphic("experts differ in an argument", at)
-            visit(trees)
-        elif isinstance(first, (tuple, list)):
-            if any(len(t) != len(first) for t in trees):
-                raise NotIsomorphic("experts differ in an argument list", at)
-            for parts in zip(*trees, strict=True):
-                compare(list(parts), at)
-        elif isinstance(first, dict):
-            compare([tuple(sorted(t.items())) for t in trees], at)
-        elif any(t != first for t in trees):
-            raise NotIsomorphic(f"experts differ in a constant: {first}", at)
-
-    visit(outs)
-    return columns
-
-
-def _check_markers(nodes: list[Node]) -> None:
+def _marked_rows(nodes: list[Node]) -> bool:
+    """Whether these are the markers of each expert's rows. Raises NotIsomorphic."""
+    if nodes[0].target is not torch.ops.moeca.expert_rows.default:
+        return False
     for number, marker in enumerate(nodes):
         if marker.target is not nodes[0].target or marker.args[1] != number:
             raise NotIsomorphic(f"rows of expert {number} belong to another expert", marker)
         if marker.args[0] is not nodes[0].args[0]:
             raise NotIsomorphic("experts read different rows", marker)
+    return True
 
 
 def _build_body(
@@ -139,7 +92,7 @@ def _build_body(
         hole = graph.placeholder(f"rows_{i}")
         hole.meta = {"val": row.meta["val"]}  # type: ignore[union-attr]
         mapped.update({m: hole for m in markers if m.args[0] is row})
-    leaves = [n for n in order if _is_leaf(n, columns[n])]
+    leaves = [n for n in order if n not in mapped and is_parameter(n, columns[n])]
     for i, leaf in enumerate(leaves):
         mapped[leaf] = graph.placeholder(f"param_{i}")
         mapped[leaf].meta = {"val": leaf.meta["val"]}
@@ -148,24 +101,5 @@ def _build_body(
             mapped[node] = graph.node_copy(node, lambda n: mapped[n])
     graph.output((mapped[out],))
     body = GraphModule(torch.nn.Module(), graph)
-    params = [_stack_of(columns[leaf]) or tuple(columns[leaf]) for leaf in leaves]
+    params = [stack_of(columns[leaf]) or tuple(columns[leaf]) for leaf in leaves]
     return body, rows, params  # type: ignore[return-value]
-
-
-def _is_leaf(node: Node, column: list[Node]) -> bool:
-    if node.target is torch.ops.moeca.expert_rows.default:
-        return False
-    held = node.op in ("placeholder", "get_attr") or all(n is node for n in column)
-    return held or _stack_of(column) is not None
-
-
-def _stack_of(column: list[Node]) -> Node | None:
-    """The one tensor [E, ...] of which column entry e is slice e, if there is one."""
-    stack = column[0].args[0] if column[0].target is torch.ops.aten.select.int else None
-    if not isinstance(stack, Node) or stack.op not in ("placeholder", "get_attr"):
-        return None
-    slices = all(
-        node.target is torch.ops.aten.select.int and node.args == (stack, 0, number)
-        for number, node in enumerate(column)
-    )
-    return stack if slices and stack.meta["val"].shape[0] == len(column) else None

@@ -30,6 +30,7 @@ from ..graph.region import NoMatch, module_path
 from ..graph.routing_ids import IdsProbe, branches_of, row_index
 from ..graph.row_rules import shape_of
 from ..graph.rule_base import argument
+from ..graph.view_rules import transposed_of
 from .base import PassReport
 from .normalize_gathered import below, parametric_nodes
 
@@ -168,7 +169,7 @@ class SortedExpert(OneExpert):
         if not isinstance(offsets, Node) or self.probe.role(offsets) != "ends":
             raise NotOneExpert("its offsets are not the cumulative counts of the sorted ids", node)
         rows = self.matrix(rows_node, (*layout[:1], *free_layout(shape_of(rows_node)[1:])))
-        bank = _transposed_bank(weight)
+        bank = transposed_of(weight)
         stored = bank or weight
         w = self.leaves.value("param", stored, shape_of(stored)[1:])
         out = self.traced(node, lambda: (aten.linear if bank else aten.matmul)(rows, w))
@@ -178,18 +179,6 @@ class SortedExpert(OneExpert):
     def _is_special(self, node: Node) -> bool:
         is_product = node.target is aten._grouped_mm.default
         return node in self.parametric or is_product or row_index(node) is not None
-
-
-def _transposed_bank(weight: Node) -> Node | None:
-    """[E, O, I] if the weight is a transpose of it."""
-    args: Any = weight.args
-    if weight.target is aten.mT.default:
-        return args[0]
-    if weight.target is aten.transpose.int:
-        return args[0] if {d % 3 for d in args[1:]} == {1, 2} else None
-    if weight.target is aten.permute.default:
-        return args[0] if [d % 3 for d in args[1]] == [0, 2, 1] else None
-    return None
 
 
 def replace_grouped(gm: GraphModule, match: GroupedMatch) -> None:

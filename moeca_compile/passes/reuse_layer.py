@@ -146,10 +146,13 @@ class ReuseLayer(ABC):
 
     # -- routing ---------------------------------------------------------------------------------
 
-    def guard(self, ids: Tensor, weights: Tensor, input_drift: Tensor | None) -> None:
-        """Decide the branches to compute; results stay on the object, [T, K] in slot order."""
+    def guard(self, routing: tuple[Tensor, ...], input_drift: Tensor | None) -> None:
+        """Decide the branches to compute; results stay on the object, [T, K] in slot order.
+
+        routing: values of the region's `routing`.
+        """
         options, shape = self.options, (self.layer.tokens, self.region.top_k)
-        ids = ids.reshape(shape)
+        ids, weights = routing[0].reshape(shape), routing[1]
         spatial, limits = moeca.expert_thresholds(
             self.cache("spatial"), ids, options.tau, options.alpha, options.beta
         )
@@ -174,13 +177,17 @@ class ReuseLayer(ABC):
             options.lambda_share,
         )
 
-    def budget(self, count: Tensor | None, rows: int) -> Any:
-        """A count per sample as a size known only at run time, at most `rows / samples`."""
+    def tokens_computed(self) -> Tensor:
+        """[T]: tokens with any computed branch."""
+        return self.computed.any(1)
+
+    def budget(self, count: Tensor | None, rows: int, groups: int | None = None) -> Any:
+        """A count per sample, or group, as a size known only at run time, at most its rows."""
         if count is None:
             return None
         size: Any = count.item()
         torch._check(size >= MIN_ROWS)
-        torch._check(size <= rows // self.region.space.samples)
+        torch._check(size <= rows // (groups or self.region.space.samples))
         return size
 
     def rows_of(self, token: Tensor, valid: Tensor, mask: Tensor, count: Any) -> TokenRows:
@@ -242,13 +249,17 @@ class ReuseLayer(ABC):
         )
         self.evaluator.set(region.combine, self.evaluator.view(changed, below)(region.combine))
 
-    def count(self, attended: TokenRows | None, shared: TokenRows | None) -> None:
-        """Note what ran; None where the layer has no such part."""
-        self._counts = {
+    def counted_branches(self) -> dict[str, Tensor]:
+        """Counts of what the guard decided."""
+        return {
             "branches_computed": self.computed.sum(),
             "unmatched": (~self.matched).sum(),
             "dropped": (~self.matched & ~self.computed).sum(),
         }
+
+    def count(self, attended: TokenRows | None, shared: TokenRows | None) -> None:
+        """Note what ran; None where the layer has no such part."""
+        self._counts = dict(self.counted_branches())
         if attended is not None and self.layer.attention:
             self._counts["tokens_attended"] = attended.mask.sum()
             self._counts["attention_run"] = attended.run

@@ -25,24 +25,24 @@ class RouterFirst(ReuseLayer):
         self.put_off_other_streams()
         for attention in self.layer.attention:
             self.evaluator.replace(attention.root.root.node, self._route)
-        self.evaluator.replace(self.region.ids, self._route)
-        self.evaluator.replace(self.region.weights, self._route)
+        for node in self.region.routing:
+            self.evaluator.replace(node, self._route)
         self.evaluator.replace(self.region.combine, self._experts)
 
     def _route(self) -> None:
         # From here on these are nodes like any other, on the cached attention.
-        self.evaluator.restore(self.region.ids)
-        self.evaluator.restore(self.region.weights)
+        for node in self.region.routing:
+            self.evaluator.restore(node)
         with set_current_meta(self.region.routed):
             stale = self._stale_view()
-            ids, weights = stale(self.region.ids), stale(self.region.weights)
+            routing = tuple(stale(n) for n in self.region.routing)
             rows = [stale(r).reshape(self.layer.tokens, -1) for r in self.region.rows]
-            self.guard(ids, weights, self.input_drift(rows))
-            self.rows = self._select(self.computed.any(1))
+            self.guard(routing, self.input_drift(rows))
+            self.rows = self._select(self.tokens_computed())
         for attention in self.layer.attention:
             self.refresh_rows((*attention.key_value, attention.root), self.rows)
-        self.evaluator.set(self.region.ids, ids)
-        self.evaluator.set(self.region.weights, weights)
+        for node, value in zip(self.region.routing, routing, strict=True):
+            self.evaluator.set(node, value)
 
     def _stale_view(self) -> Callable[[Any], Any]:
         """The graph with attention as cached, read before anything is written in this step."""
@@ -50,7 +50,7 @@ class RouterFirst(ReuseLayer):
         below: set[Node] = set()
         for root in changed:
             below |= descendants(root)
-        wanted = [self.region.ids, self.region.weights, *self.region.rows]
+        wanted = [*self.region.routing, *self.region.rows]
         below &= ancestors(wanted, stop=set(changed))
         return self.evaluator.view(changed, below)
 

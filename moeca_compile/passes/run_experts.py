@@ -30,7 +30,7 @@ def run_experts(
 
     rows: each [T, *]; token: [R]. On a CPU expert by expert where the body can be run like that.
     """
-    body, _, _, params = region.routed.args
+    body, _, _, params = region.routed.args[:4]
     body = cast(GraphModule, getattr(evaluator.gm, str(body.target)))  # type: ignore[union-attr]
     values = cast(Sequence[Any], torch.fx.map_arg(params, evaluator.value))
     banks = [per_expert(p) for p in values]

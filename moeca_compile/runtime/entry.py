@@ -84,8 +84,8 @@ class CompiledEntry:
         tensors = [args[p] for p in self.positions]
         training = self._training()
         if not self._cached or training:
-            outputs = self.variants.get("plain")(*tensors)
-            self._count(TRAINING if training else NO_LAYERS)
+            outputs, counts = self._counted("plain", self.variants.get("plain")(*tensors))
+            self._count(TRAINING if training else NO_LAYERS, counts)
             return outputs
         step = self._place(tensors)
         age = self.ages.started(step.lane)
@@ -110,7 +110,9 @@ class CompiledEntry:
             rows_kept = self.variants.analysis.plan.stored.rows
             held = rows_kept and step is not None and step.lane in self.store.lanes
             rows = self.store.tensors(step.lane) if step is not None and held else None
-            self.history.ran(decision, step, counts, rows, evidence)
+            self.history.ran(
+                decision, step, counts if decision.kind == "reuse" else None, rows, evidence
+            )
 
     def stats(self) -> Stats:
         """Everything counted since the last reset."""
@@ -172,7 +174,7 @@ class CompiledEntry:
     ) -> tuple[Sequence[Any], Tensor | None]:
         variant = self.variants.get(decision.kind)
         if decision.kind == "plain":
-            return variant(*tensors), None
+            return self._counted("plain", variant(*tensors))
         if step.new_generation:
             self.store.refill(step.lane, "spatial")
         rows = self._lane_rows(step.lane, decision.kind)
@@ -183,7 +185,14 @@ class CompiledEntry:
         outputs = variant(*tensors, *rows, *mix)
         if decision.kind == "refresh" and mix:
             *outputs, self._measured[step.lane] = outputs
-        return outputs, None
+        return self._counted(decision.kind, outputs)
+
+    def _counted(self, kind: str, outputs: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None]:
+        """What a full step returned, without the counts behind it where there are any."""
+        if kind not in self.variants.analysis.plan.counted:
+            return outputs, None
+        *outputs, counts = outputs
+        return outputs, counts
 
     def _mix(self, decision: Decision, step: StepInfo) -> list[Tensor]:
         """What the policy says of this step, as the variant's last input."""
@@ -223,7 +232,7 @@ class CompiledEntry:
         allowed = []
         for layer in self.variants.analysis.plan.layers:
             samples = layer.region.space.samples
-            sizes = (layer.branches // samples, layer.tokens // samples)
+            sizes = (layer.branches // layer.region.groups, layer.tokens // samples)
             budget = self.options.budget
             allowed.append([max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes])
         return [torch.tensor(allowed, dtype=torch.int64)]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..lowering.guards import EPS, expert_thresholds
+from ..lowering.guards import EPS, chosen_thresholds
 from ..options import Options
 from ..policies.protocol import Decision
 from .telemetry import FIELDS
@@ -115,17 +115,19 @@ class History:
         spatial, ids = rows[layer.name("spatial")], rows[layer.name("slot_ids")]
         options = self.options
         # The step has updated the statistic already; beta = 1 reads it as it is.
-        _, limits = expert_thresholds(spatial, ids, options.tau, options.alpha, 1.0)
+        unchosen = spatial.new_zeros(spatial.t().shape, dtype=torch.bool)
+        _, limits = chosen_thresholds(spatial, unchosen, options.tau, options.alpha, 1.0)
         p = spatial / spatial.sum(1, keepdim=True).clamp(min=EPS)
         entropy = -(p * p.clamp(min=EPS).log()).sum(1)
         norm = rows[layer.name("slot_norm")]
         old = before.get(layer.name("slot_norm"))
         full = decision.kind == "refresh" or old is None
         computed = torch.ones_like(norm) if full else (norm != old).to(norm.dtype)
-        flat = ids.reshape(-1).clamp(min=0).long()
-        zero = torch.zeros_like(limits)
-        ran = zero.index_add(0, flat, computed[: len(flat)].to(zero.dtype))
-        total = zero.index_add(0, flat, torch.ones_like(flat, dtype=zero.dtype))
+        flat, zero = ids.reshape(-1).long(), torch.zeros_like(limits)
+        held = (flat >= 0).to(zero.dtype)
+        expert = layer.region.expert_of(flat).clamp(min=0)
+        ran = zero.index_add(0, expert, computed[: len(flat)].to(zero.dtype) * held)
+        total = zero.index_add(0, expert, held)
         return torch.stack([entropy, limits, ran, total])
 
 

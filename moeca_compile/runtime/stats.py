@@ -21,6 +21,7 @@ class LayerCost:
 
     branch_flops: one expert on one token. token_flops: q, k, v, attention and projection of one
     token. shared_flops: shared expert of one token, 0 without. tokens: B * N. branches: B * N * K.
+    open_ended: how many branches there are depends on the data, `branches` at most.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerCost:
     shared_flops: float
     tokens: int
     branches: int
+    open_ended: bool = False
 
     @property
     def shared_rows(self) -> int:

@@ -19,7 +19,8 @@ from torch import Tensor
 from moeca_compile.policies.protocol import Decision, Kind
 from moeca_compile.runtime.stats import LayerCost, LayerStats, Stats
 
-# attention_run, shared_run: rows really computed, padding included.
+# attention_run, shared_run: rows really computed, padding included. branches: asked for in this
+# step, counted only where their number depends on the data.
 FIELDS = (
     "branches_computed",
     "tokens_attended",
@@ -28,6 +29,7 @@ FIELDS = (
     "shared_rows",
     "attention_run",
     "shared_run",
+    "branches",
 )
 MAX_EVENTS = 256
 
@@ -61,10 +63,12 @@ class Counters:
     def ran(self, decision: Decision, counts: Tensor | None = None) -> None:
         """Count one step after its variant returned.
 
-        counts: int64 [layers, len(FIELDS)] from the graph, required for "reuse" and only for it.
+        counts: int64 [layers, len(FIELDS)] from the graph, required for "reuse" and, if a layer's
+        number of branches depends on the data, for steps that compute everything; for these only.
         Raises ValueError for another shape or dtype; reads no value.
         """
-        if (counts is not None) != (decision.kind == "reuse"):
+        full = decision.kind in ("plain", "refresh") and any(c.open_ended for c in self.layers)
+        if (counts is not None) != (decision.kind == "reuse" or full):
             raise ValueError(f"counters: counts go with reuse steps only, got {decision.kind!r}")
         if counts is not None:
             self._add(counts)
@@ -127,18 +131,22 @@ class Counters:
 def _layer_stats(cost: LayerCost, full: int, steps: int, counted: Sequence[int]) -> LayerStats:
     """full: steps that computed every row, of all `steps`."""
     count = dict(zip(FIELDS, counted))
+    known = 0 if cost.open_ended else cost.branches
+    branches = known * steps + count["branches"]
+    computed = known * full + count["branches_computed"]
+    per_token = cost.token_flops + cost.shared_flops
     return LayerStats(
         name=cost.name,
-        branches_total=cost.branches * steps,
-        branches_computed=cost.branches * full + count["branches_computed"],
+        branches_total=branches,
+        branches_computed=computed,
         tokens_total=cost.tokens * steps,
         tokens_attended=cost.tokens * full + count["tokens_attended"],
         shared_rows=cost.shared_rows * full + count["shared_rows"],
         unmatched=count["unmatched"],
         dropped=count["dropped"],
-        flops_full=cost.full_flops * steps,
-        flops_computed=cost.full_flops * full
-        + cost.branch_flops * count["branches_computed"]
+        flops_full=cost.branch_flops * branches + cost.tokens * per_token * steps,
+        flops_computed=cost.branch_flops * computed
+        + cost.tokens * per_token * full
         + cost.token_flops * count["attention_run"]
         + cost.shared_flops * count["shared_run"],
     )

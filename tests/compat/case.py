@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-EXPERT_CHOICE = "expert choice: a token has no fixed number of branches; computed as written"
 Call = dict[str, Any]
 Built = tuple[nn.Module, list[Call]]
 

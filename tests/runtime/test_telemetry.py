@@ -20,7 +20,7 @@ FIXED = 100.0
 FULL = FIXED + (16 * 10 + 8 * 7 + 8 * 3) + (16 * 10 + 8 * 7)
 PLAIN, REUSE = Decision("plain", "caching_off"), Decision("reuse", "policy")
 # attention ran on 3 and 6 rows, the shared expert on 4 and 0: padding included
-COUNTS = torch.tensor([[3, 2, 1, 0, 2, 3, 4], [5, 4, 2, 1, 0, 6, 0]])
+COUNTS = torch.tensor([[3, 2, 1, 0, 2, 3, 4, 0], [5, 4, 2, 1, 0, 6, 0, 0]])
 
 
 def filled() -> Counters:
@@ -58,6 +58,25 @@ def test_per_layer_rows() -> None:
     first, second = filled().stats().layers
     assert (first.name, first.branches_computed, first.shared_rows) == ("blocks.0", 57, 30)
     assert (second.tokens_attended, second.shared_rows, second.dropped) == (36, 0, 3)
+
+
+def test_a_number_of_branches_that_only_the_data_has_is_counted_in_every_step() -> None:
+    first = dataclasses.replace(COSTS[0], open_ended=True)
+    counters = Counters((first, COSTS[1]), FIXED)
+    branches, computed = FIELDS.index("branches"), FIELDS.index("branches_computed")
+    full, reused = torch.zeros(2, 8).long(), COUNTS.clone()
+    full[0, branches] = full[0, computed] = 9
+    reused[0, branches] = 7
+    counters.ran(Decision("refresh", "new_lane"), full)
+    counters.ran(REUSE, reused)
+    counters.ran(PLAIN, full)
+    layer, other = counters.stats().layers
+    assert (layer.branches_total, layer.branches_computed) == (9 + 7 + 9, 9 + 3 + 9)
+    assert layer.flops_full == 25 * 10 + 3 * 8 * (7 + 3)
+    assert layer.flops_computed == 21 * 10 + 2 * 8 * (7 + 3) + 3 * 7 + 4 * 3
+    assert (other.branches_total, other.branches_computed) == (3 * 16, 2 * 16 + 5)
+    with pytest.raises(ValueError, match="counts"):
+        counters.ran(PLAIN)
 
 
 def test_reading_does_not_change_anything_and_counting_goes_on() -> None:
@@ -105,7 +124,7 @@ def test_reset_starts_at_zero() -> None:
 )
 def test_counts_of_another_form_are_refused(counts: torch.Tensor) -> None:
     counters = Counters(COSTS)
-    with pytest.raises(ValueError, match=r"expected int64 \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"expected int64 \(2, 8\)"):
         counters.ran(REUSE, counts)
     assert counters.stats().steps == 0
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from compat.case import EXPERT_CHOICE, Built, Case, falling, fill
+from compat.case import Built, Case, falling, fill
 
 STEPS = 8
 
@@ -55,7 +55,6 @@ def case(name: str, grouped: bool, tolerance: float) -> Case:
         sample="hidden_states",
         condition="encoder_hidden_states",
         tolerance=tolerance,
-        gap=EXPERT_CHOICE,
     )
 
 

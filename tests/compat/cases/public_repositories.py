@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from compat.case import EXPERT_CHOICE, Built, Case, falling, fill
+from compat.case import Built, Case, falling, fill
 from compat.checkouts import load
 
 STEPS = 8
@@ -61,8 +61,7 @@ def make(repository: str, folder: str, name: str, **parameters: Any) -> Built:
 
 def case(name: str, source: str, idiom: str, file: tuple[str, str], **parameters: Any) -> Case:
     make_it = partial(make, source.split("/")[1], *file, **parameters)
-    gap = EXPERT_CHOICE if idiom in ("I5", "I7") else ""
-    return Case(name, source, idiom, make_it, 1, 1, sample="x", condition="y", gap=gap)
+    return Case(name, source, idiom, make_it, 1, 1, sample="x", condition="y")
 
 
 CASES = [

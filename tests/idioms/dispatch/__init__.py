@@ -1,7 +1,8 @@
 """Mixture-of-experts layers, one file per dispatch idiom; all `forward(x [B, N, D]) -> [B, N, D]`.
 
 Token choice (`DISPATCHES` but not `EXPERT_CHOICE`) also has `route(rows, labels)`,
-`one_expert(e, rows)` and `shared_rows(rows)` for the reference.
+`one_expert(e, rows)` and `shared_rows(rows)` for the reference; expert choice `picks(x)` instead of
+`route`.
 """
 
 from idioms.dispatch.base import MoELayer

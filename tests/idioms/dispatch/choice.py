@@ -30,6 +30,13 @@ class ExpertChoiceMoE(MoELayer):
         gates, tokens = scores.topk(count, dim=-1)
         return gates.to(x.dtype), tokens
 
+    def picks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which expert has which token, and its weight, [T, E] each; for the reference."""
+        gates, tokens = self.choose(x)
+        none = x.new_zeros(x.shape[0], self.num_experts, x.shape[1])
+        weights = none.scatter(2, tokens, gates).transpose(1, 2).flatten(0, 1)
+        return none.bool().scatter(2, tokens, True).transpose(1, 2).flatten(0, 1), weights
+
     def forward(self, x: Tensor) -> Tensor:
         gates, tokens = self.choose(x)
         dispatch = F.one_hot(tokens, num_classes=x.shape[1]).to(x.dtype)  # [B, E, C, N]
@@ -45,6 +52,10 @@ class IndexedChoiceMoE(ExpertChoiceMoE):
     def __init__(self, config: IdiomConfig) -> None:
         super().__init__(config)
         self.scale = config.route_scale
+
+    def picks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, gates = super().picks(x)
+        return chosen, gates / (gates.sum(1, keepdim=True) + 1e-12) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape

@@ -33,6 +33,16 @@ class BatchPoolMoE(MoELayer):
         self.predictor = CapacityPredictor(config.dim, config.num_experts)
         self.register_buffer("threshold", torch.empty(config.num_experts))
 
+    def picks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which expert has which token, and its weight, [T, E] each; for the reference."""
+        flat = x.flatten(0, 1)
+        wanted = self.predictor(flat).sigmoid() > self.threshold + 0.5
+        scores = self.router.logits(flat).softmax(-1)
+        chosen = torch.zeros_like(wanted)
+        for number, count in enumerate(wanted.sum(0).tolist()):
+            chosen[scores[:, number].topk(count).indices, number] = True
+        return chosen, torch.where(chosen, scores, 0.0)
+
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         wanted = self.predictor(flat.detach()).sigmoid()

@@ -114,6 +114,10 @@ class Layer(nn.Module):
         return self.after(flat, rows, gates, out)
 
 
+def sample() -> Tensor:
+    return torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(1))
+
+
 def apply_each(layer: Layer, picked: Tensor) -> Tensor:
     return torch.cat([F.silu(F.linear(p, w)) for p, w in zip(picked.chunk(2), layer.w)])
 
@@ -154,10 +158,12 @@ def highest(flat: Tensor, rows: Tensor, gates: Tensor, out: Tensor) -> Tensor:
 
 
 def test_a_small_layer_matches() -> None:
-    graph = traced(Layer(add_rows), torch.randn(2, 8, 4))
+    graph = traced(Layer(add_rows), sample())
     expected = graph.run()
     assert normalized(graph) == []
-    assert torch.equal(graph.run(), expected) and graph.targets[chosen_experts] == 1
+    # not bitwise: products over other numbers of rows round differently
+    torch.testing.assert_close(graph.run(), expected, rtol=1e-5, atol=1e-6)
+    assert graph.targets[chosen_experts] == 1
     (node,) = graph.gm.graph.find_nodes(op="call_function", target=chosen_experts)
     assert Groups(*node.args[4]) == Groups(2, 3)  # type: ignore[misc]
     assert len(match_regions(graph.gm).moe) == 1
@@ -172,7 +178,7 @@ def test_a_small_layer_matches() -> None:
     ],
 )
 def test_experts_that_are_no_list_of_branches(experts: Callable, reason: str) -> None:
-    graph = traced(Layer(add_rows, experts), torch.randn(2, 8, 4))
+    graph = traced(Layer(add_rows, experts), sample())
     before = graph.text()
     (told,) = normalized(graph)
     assert "each expert picks 3 of 8 tokens" in told and reason in told
@@ -189,7 +195,7 @@ def test_experts_that_are_no_list_of_branches(experts: Callable, reason: str) ->
     ],
 )
 def test_combines_that_are_no_weighted_sum(after: Callable, reason: str) -> None:
-    graph = traced(Layer(after), torch.randn(2, 8, 4))
+    graph = traced(Layer(after), sample())
     expected = graph.run()
     assert normalized(graph) == []
     regions = match_regions(graph.gm)

@@ -9,17 +9,19 @@ moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined, its 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from . import guards
 
 moeca = torch.ops.moeca
+ORIGIN = ("nn_module_stack", "stack_trace")  # where in the user's code a node comes from
 
 
 def _read(cache: Tensor, rows: int) -> Tensor:
@@ -50,36 +52,56 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Lower(Interpreter):
-    """Row counts read from a tensor get the bounds again that they had in the dialect graph."""
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.target is torch.ops.aten.item.default and isinstance(result, torch.SymInt):
-            known = n.meta["val"].node
-            bounds = known.shape_env.bound_sympy(known.expr)
-            torch._check(result >= int(bounds.lower))
-            torch._check(result <= int(bounds.upper))
-        return result
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        op = cast(Callable[..., Any], LOWERINGS.get(target, target))
-        return op(*args, **kwargs)
-
-
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor], fake_mode: Any) -> GraphModule:
     """`function` on fake inputs as an ATen graph, dead code removed."""
     with torch.no_grad(), fake_mode, preserve_node_meta():
         traced = make_fx(function, pre_dispatch=True)(*inputs)
-    traced.graph.eliminate_dead_code(_is_impure)
-    traced.graph.lint()
-    traced.recompile()
-    return traced
+    return _finished(traced)
 
 
-def lower(gm: GraphModule, inputs: Sequence[Tensor], fake_mode: Any) -> GraphModule:
-    """The same graph with LOWERINGS applied."""
-    return trace(lambda *args: _Lower(gm).run(*args), inputs, fake_mode)
+def _finished(graph_module: GraphModule) -> GraphModule:
+    graph_module.graph.eliminate_dead_code(_is_impure)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
+    """The same graph with LOWERINGS applied; only what takes the place of a node is traced."""
+    graph, made = Graph(), dict[Node, Any]()
+    for node in gm.graph.nodes:
+        whole = made.get(node.args[0]) if node.target is getitem else None
+        if isinstance(whole, tuple):
+            made[node] = whole[node.args[1]]
+        elif node.target in LOWERINGS:
+            made[node] = _inline(graph, node, made, fake_mode)
+        else:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    lowered = GraphModule(gm, graph)
+    lowered.meta.update(gm.meta)
+    return _finished(lowered)
+
+
+def _inline(graph: Graph, node: Node, made: dict[Node, Any], fake_mode: Any) -> Any:
+    """Append what `node` is lowered to; its result as nodes of `graph`."""
+    inputs = [a for a in node.args if isinstance(a, Node)]
+
+    def run(*given: Any) -> Any:
+        values = iter(given)
+        args = [next(values) if isinstance(a, Node) else a for a in node.args]
+        return LOWERINGS[node.target](*args, **node.kwargs)
+
+    with torch.no_grad(), fake_mode:
+        inner = make_fx(run, pre_dispatch=True)(*(a.meta["val"] for a in inputs))
+    holes = inner.graph.find_nodes(op="placeholder")
+    names = dict(zip(holes, (made[a] for a in inputs), strict=True))
+    for each in inner.graph.nodes:
+        if each.op == "output":
+            return map_arg(each.args[0], names.__getitem__)
+        if each.op != "placeholder":
+            names[each] = graph.node_copy(each, names.__getitem__)
+            names[each].meta.update({k: node.meta[k] for k in ORIGIN if k in node.meta})
+    return None
 
 
 def _is_impure(node: Node) -> bool:

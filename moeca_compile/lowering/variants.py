@@ -89,7 +89,7 @@ class Variants:
         """(graph, fake inputs) as handed to Inductor."""
         dialect, fakes = self.dialect(variant)
         started = time.perf_counter()
-        graph = lower(dialect, fakes, self.analysis.aten.fake_mode)
+        graph = lower(dialect, self.analysis.aten.fake_mode)
         elapsed = (time.perf_counter() - started) * 1e3
         self.dumper.graph(f"{variant}.lowered", graph, elapsed)
         return graph, fakes

@@ -2,6 +2,7 @@
 
     python benchmarks/reuse_step.py [--depth 12] [--batch 8] [--budgets 0.05 0.1 0.2 0.3]
     ->  table: ms of a refresh and of a reuse step, speed-up in time and in FLOPs, their ratio
+        the line through reuse / refresh over the share computed
         out/benchmarks/reuse_step.json, raw milliseconds included
 
 All engines share one set of weights and take turns generation by generation; every figure is a
@@ -17,7 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import torch
@@ -166,6 +167,16 @@ def placing_us(calls: int = 400) -> float:
     return median(spent)
 
 
+def cost_line(engines: list[Engine], budgets: list[float]) -> str:
+    """Slope and intercept of a reuse step's cost over its budget, in units of a refresh step."""
+    reusing = [e for e in engines if e.reuse_ms]
+    if len(reusing) < 2:
+        return "one budget: no line"
+    costs = [median(e.reuse_ms) / median(e.refresh_ms) for e in reusing]
+    slope, intercept = linear_regression(budgets, costs)
+    return f"reuse / refresh = {intercept:.3f} + {slope:.2f} x budget"
+
+
 def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
     """One row of the table and of the JSON file."""
     wall = plain.mean_step_ms / engine.mean_step_ms
@@ -174,6 +185,9 @@ def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
         "engine": engine.name,
         "refresh_ms": median(engine.refresh_ms),
         "reuse_ms": median(engine.reuse_ms) if engine.reuse_ms else None,
+        "times_cheaper": median(engine.refresh_ms) / median(engine.reuse_ms)
+        if engine.reuse_ms
+        else None,
         "mean_step_ms": engine.mean_step_ms,
         "speedup_wall": wall,
         "speedup_flops": flops,
@@ -210,6 +224,7 @@ def main() -> None:
     rows = [figures(engine, engines[0]) for engine in engines]
     shown = [{k: v for k, v in row.items() if not k.startswith("raw_")} for row in rows]
     print(tabulate(shown, headers="keys", floatfmt=".2f"))
+    print(f"\n{cost_line(engines, arguments.budgets)}")
     print(
         f"\nwrapper: {overhead['overhead_us']:.0f} us a call beyond plain Inductor "
         f"({overhead['moeca_us']:.0f} against {overhead['plain_us']:.0f}) without caching; "

@@ -45,7 +45,14 @@ from .reasons import (
 from .runtime.entry import CompiledEntry
 from .runtime.inputs import find_roles
 from .runtime.registry import REGISTRY, Settings
-from .torch_compat import OpenSize, guard_identity, inductor_fallback, mode_options, traced_frame
+from .torch_compat import (
+    OpenSize,
+    compiles_kernels,
+    guard_identity,
+    inductor_fallback,
+    mode_options,
+    traced_frame,
+)
 
 log = logging.getLogger(__name__)
 ROOTS = RootRegistry()
@@ -220,6 +227,8 @@ class PerShape:
 
 def _inductor_later(gm: GraphModule, request: Request) -> Callable[..., Any]:
     """Plain Inductor for a graph whose own backend call is over."""
+    if not compiles_kernels():
+        return gm.forward
     return torch.compile(gm, backend="inductor", options=request.config or None)
 
 

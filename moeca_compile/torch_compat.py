@@ -147,7 +147,8 @@ def traced_frame() -> TracedFrame | None:
         return TracedFrame(code, False, "", graph)
     last = why.user_stack[-1] if why.user_stack else None
     reason = why.reason.strip().split("\n")[0]
-    reason = f"{reason} at {last.filename}:{last.lineno}" if last is not None else reason
+    where = f"{last.filename}:{last.lineno} in {last.name}" if last is not None else ""
+    reason = f"{reason} at {where}" if where else reason
     return TracedFrame(code, bool(why.graph_break), reason, graph)
 
 

@@ -16,7 +16,7 @@ import click
 from ..errors import name_nearest
 
 COMMANDS = (
-    "env", "explain", "dump", "report", "debug", "bench", "quality", "calibrate", "demo",
+    "env", "explain", "compat", "dump", "report", "debug", "bench", "quality", "calibrate", "demo",
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 row = compare("HiDream", model, [((), {"x": x, "t": t})])
 print(table([row]))
-model     graphs plain    graphs moeca    regions    max error, interval 1    reuse steps    why not
-HiDream             20               1        8/8                  1.1e-07              3
+model     graphs, plain    graphs, moeca    regions    error      reuse    why not
+HiDream              20                1        8/8    1.1e-07        3
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from .explanation import Explanation
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 STEPS = 4
+_STAGES = ("count_plain: ", "explain: ", "max_error: ", "reuse: ")
 HEADERS = (
-    "model", "graphs plain", "graphs moeca", "regions", "max error, interval 1", "reuse steps",
+    "model", "idiom", "version", "graphs, plain", "graphs, moeca", "regions", "error", "reuse",
     "why not",
 )  # fmt: skip
 
@@ -39,7 +40,8 @@ class CompatRow:
     graphs_plain, graphs_moeca: graphs Dynamo compiled for the first two calls, for moeca with the
     dispatch captured beforehand. regions_present: matched ones and near misses. max_error: largest
     ||compiled - eager|| / ||eager|| over the calls with interval=1. reuse_steps: with interval=4.
-    reason: the first thing that went wrong; empty if nothing did.
+    reason: the first thing that went wrong; empty if nothing did. idiom: how the dispatch is
+    written; version: where the model is from.
     """
 
     name: str
@@ -50,6 +52,19 @@ class CompatRow:
     max_error: float | None
     reuse_steps: int
     reason: str
+    idiom: str = ""
+    version: str = ""
+
+    @property
+    def absent(self) -> bool:
+        """Whether the model could not be built here, so that nothing was run."""
+        ran = (self.graphs_plain, self.graphs_moeca, self.max_error)
+        return all(number is None for number in ran) and not self.failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether something raised."""
+        return self.reason.startswith(_STAGES)
 
     @property
     def good(self) -> bool:
@@ -70,12 +85,15 @@ def compare(
     expected_regions: int = 0,
     options: dict[str, Any] | None = None,
     count_plain: bool = True,
+    idiom: str = "",
+    version: str = "",
 ) -> CompatRow:
     """Run `model` eagerly, with plain torch.compile and with this backend.
 
     calls: arguments of successive calls of one generation, or of one call, which is then repeated.
     expected_regions: how many the model has, if more than what shows in the graph. options: of the
-    backend. count_plain: whether to trace it without this package too.
+    backend. count_plain: whether to trace it without this package too. idiom, version: for the
+    row.
 
     Forgets everything Dynamo has compiled in this process. Nothing a model or a compiler raises
     comes through: it is the row's reason.
@@ -91,23 +109,29 @@ def compare(
     matched = sum(r.matched for r in regions)
     reason = run.reason or _why_not(report, reused)
     present = max(len(regions), expected_regions)
-    return CompatRow(name, plain, graphs, matched, present, error, reused, reason)
+    numbers = (name, plain, graphs, matched, present, error, reused)
+    return CompatRow(*numbers, reason, idiom, version)
 
 
 def table(rows: Sequence[CompatRow], tablefmt: str = "simple") -> str:
-    """The rows as text; `tablefmt` is tabulate's."""
+    """The rows as text; `tablefmt` is tabulate's. Empty columns are left out."""
     cells = [
         (
-            r.name, _shown(r.graphs_plain), _shown(r.graphs_moeca),
+            r.name, r.idiom, r.version, _shown(r.graphs_plain), _shown(r.graphs_moeca),
             f"{r.regions_matched}/{r.regions_present}",
             "-" if r.max_error is None else f"{r.max_error:.1e}", r.reuse_steps, r.reason,
         )
         for r in rows
     ]  # fmt: skip
+    shown = [i for i in range(len(HEADERS)) if any(row[i] != "" for row in cells)] or [0]
+    widths = [34 if i == 0 else 60 if i == len(HEADERS) - 1 else None for i in shown]
     return tabulate(
-        cells, HEADERS, tablefmt=tablefmt, disable_numparse=True,
-        maxcolwidths=None if tablefmt != "simple" else [34, None, None, None, None, None, 60],
-    )  # fmt: skip
+        [[row[i] for i in shown] for row in cells],
+        [HEADERS[i] for i in shown],
+        tablefmt=tablefmt,
+        disable_numparse=True,
+        maxcolwidths=None if tablefmt != "simple" else widths,
+    )
 
 
 class _Comparison:

@@ -6,6 +6,7 @@ model, calls = CASE.build()          # tiny, seeded, no weight zero; calls of on
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+from compat.checkouts import commit
+from moeca_compile.debug.compat_suite import Absent
 
 Call = dict[str, Any]
 Built = tuple[nn.Module, list[Call]]
@@ -45,18 +49,32 @@ class Case:
 
     @property
     def version(self) -> str:
-        """Of the distribution; empty for a checkout, and where it is not installed."""
+        """Of the distribution or the checkout; empty where it is not there."""
+        if "/" in self.source:
+            return commit(self.source.split("/")[1])
         try:
             return metadata.version(self.source)
         except metadata.PackageNotFoundError:
             return ""
 
-    def build(self) -> Built:
-        """The model in eval mode without gradients; skips the test where it cannot be had."""
-        if "/" not in self.source:
-            pytest.importorskip(self.source)
+    @property
+    def regions(self) -> int:
+        """Layers and attention regions that must match."""
+        return self.moe + self.attention
+
+    def built(self) -> Built:
+        """The model in eval mode without gradients. Raises Absent where it cannot be had."""
+        if "/" not in self.source and importlib.util.find_spec(self.source) is None:
+            raise Absent(f"{self.source} is not installed")
         model, calls = self.make()
         return model.eval().requires_grad_(False), calls
+
+    def build(self) -> Built:
+        """The same; skips the test instead."""
+        try:
+            return self.built()
+        except Absent as missing:
+            pytest.skip(str(missing))
 
 
 def fill(model: nn.Module, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Model files of public repositories, imported from checkouts in the directory `MOECA_THIRDPARTY`.
 
     MOECA_THIRDPARTY/DiT-MoE, DiffMoE, EfficientMoE, HunyuanImage-3.0
-    models = load("DiffMoE", "models", "models_ECDiT")     # skips the test without a checkout
+    models = load("DiffMoE", "models", "models_ECDiT")     # Absent without a checkout
 
 The files import libraries that their models use little of. Where such a library is missing, a
 stand-in of ours takes its place: timm's patch embedding, attention and MLP; for everything in
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,22 +21,35 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moeca_compile.debug.compat_suite import Absent
 
 VARIABLE = "MOECA_THIRDPARTY"
 UNUSED = ("fla", "fla.layers", "fla.layers.kda", "torchvision", "einops")
 
 
+def commit(repository: str) -> str:
+    """The commit of a checkout, from git or a file `.commit` in it; empty where there is none."""
+    path = Path(os.environ.get(VARIABLE, "")) / repository
+    noted = path / ".commit"
+    if noted.is_file():
+        return noted.read_text().strip()
+    if not (path / ".git").exists():
+        return ""
+    asked = ("git", "-C", str(path), "rev-parse", "--short", "HEAD")
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def load(repository: str, folder: str, name: str) -> ModuleType:
-    """The module `folder/name.py` of a checkout; skips the running test where there is none."""
+    """The module `folder/name.py` of a checkout. Raises Absent where there is none."""
     root = os.environ.get(VARIABLE)
     if not root:
-        pytest.skip(f"{VARIABLE} names no directory with checkouts")
+        raise Absent(f"{VARIABLE} names no directory with checkouts")
     path = Path(root) / repository / folder
     if not (path / f"{name}.py").is_file():
-        pytest.skip(f"{path / name}.py is not there")
+        raise Absent(f"{path.relative_to(root) / name}.py is not there")
     package = "thirdparty_" + "".join(c if c.isalnum() else "_" for c in f"{repository}_{folder}")
     if package not in sys.modules:
         holder = ModuleType(package)

@@ -6,7 +6,7 @@ is checked by a budget of 1, which computes everything: then a reuse step is eag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +16,10 @@ import moeca_compile
 from compat.case import Case
 from compat.cases import CASES
 from compat.checks import compile_case, error_of, other_condition, step
-from compat.table import run_as_graphs
 from graph_runs import compile_model, watched_call
 from moeca_compile import Options
 from moeca_compile.debug.compat import compare
+from moeca_compile.torch_compat import without_kernels
 from reference import Reference
 
 # What every run pays for; the other cases are slow.
@@ -43,35 +43,38 @@ def parameters(
     return found
 
 
-@pytest.fixture(autouse=True)
-def _as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_as_graphs(monkeypatch)
+@pytest.fixture
+def without_any_kernels() -> Iterator[None]:
+    """Graphs run as they are."""
+    with without_kernels():
+        yield
 
 
 @pytest.mark.parametrize("case", parameters(QUICK_ROWS))
-def test_row_of_the_table(case: Case) -> None:
+def test_row_of_the_table(without_any_kernels: None, case: Case) -> None:
     """One graph, all regions, equal to eager without caching, reuse; or the gap it is known for."""
     model, calls = case.build()
-    regions = case.moe + case.attention
     row = compare(
         case.name,
         model,
         [((), call) for call in calls],
-        expected_regions=regions,
+        expected_regions=case.regions,
         options=case.options,
         count_plain=False,
     )
     assert row.max_error is not None, row.reason
     assert row.max_error <= case.tolerance
+    assert not row.failed  # explain, among others, went to its end
     if case.gap:
+        assert row.reason
         assert not row.good, f"{case.name} works now: take its gap off"
         return
     assert row.good, row
-    assert (row.regions_matched, row.graphs_moeca) == (regions, 1)
+    assert (row.regions_matched, row.graphs_moeca) == (case.regions, 1)
 
 
 @pytest.mark.parametrize("case", parameters(chosen=lambda c: not c.gap))
-def test_whole_exact_and_fresh(case: Case) -> None:
+def test_whole_exact_and_fresh(without_any_kernels: None, case: Case) -> None:
     model, calls = case.build()
     compiled = compile_case(
         model, calls[0], interval=4, budget=1.0, order="attention_first", **case.options
@@ -90,7 +93,7 @@ def test_whole_exact_and_fresh(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", parameters(QUICK_JUDGED, lambda c: c.view and not c.gap))
-def test_reuse_equals_the_reference(case: Case) -> None:
+def test_reuse_equals_the_reference(without_any_kernels: None, case: Case) -> None:
     model, keyword_calls = case.build()
     calls = [tuple(call.values()) for call in keyword_calls]
     options = {"interval": 4, "budget": 0.3}
@@ -109,9 +112,8 @@ def test_reuse_equals_the_reference(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.parametrize("case", [CASES[0]], ids=lambda c: c.name)
-def test_with_inductor(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+def test_with_inductor(case: Case) -> None:
     """End to end through plain torch.compile, as exact as plain Inductor."""
-    monkeypatch.undo()
     model, calls = case.build()
     plain, errors = torch.compile(model), [0.0, 0.0]
     with torch.no_grad():

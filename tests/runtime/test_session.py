@@ -40,6 +40,8 @@ SAMPLERS = {
     "img2img": lambda seed: euler(10, seed, start=0.5),
     "heun20": lambda seed: heun(20, seed),
     "karras20": lambda seed: karras(20, seed),
+    "sigma20": lambda seed: [(math.exp(4 * t), x) for t, x in karras(20, seed)],
+    "rising img2img": lambda seed: [(1 - t, x) for t, x in euler(10, seed, start=0.5)],
     "ddim20": lambda seed: ddim(20, seed),
     "ddim50": lambda seed: ddim(50, seed),
     "karras12": lambda seed: karras(12, seed),
@@ -69,6 +71,17 @@ def test_two_call_guidance_is_two_lanes_of_one_generation(name: str, null_first:
         for infos in lanes.values():
             assert_one_generation(infos, seed)
     assert tracker.generations == 3
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_in_one_doubled_batch_is_one_lane(name: str) -> None:
+    """Half of the rows have no label; each half of the sample is the same."""
+    tracker = SessionTracker()
+    both = torch.cat([LABELS, NULL])
+    for seed in range(2):
+        calls = [(t, torch.cat([x, x])) for t, x in SAMPLERS[name](seed)]
+        assert_one_generation(run(tracker, calls, both), seed)
+    assert (tracker.generations, tracker.lanes) == (2, 1)
 
 
 def test_steps_count_within_a_generation_and_heun_repeats_one() -> None:

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from ..torch_compat import leaves, map_leaves
+from ..torch_compat import map_leaves
 from .expert_call import ExpertCall
+from .expert_regions import Ref, Region, refs_in, sort_calls
 from .op_record import Op
 from .replay import close
 
@@ -79,30 +80,6 @@ def named(holder: nn.Module, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _Ref:
-    """Where a tensor comes from. kind: call, slice, shared or entry."""
-
-    kind: str
-    name: str = ""
-    number: int = 0
-    leaf: int = 0
-
-
-@dataclass
-class _Region:
-    """Calls that depend on one expert's slices. wired: per call its arguments with _Ref leaves."""
-
-    ops: list[Op] = field(default_factory=list)
-    wired: list[tuple[Any, Any]] = field(default_factory=list)
-    entries: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)  # copies of the entries
-
-    @property
-    def rows(self) -> int:
-        return self.entries[0].shape[0] if self.entries else -1
-
-
-@dataclass(frozen=True)
 class Learned:
     """A template and the calls of the experts it was learned from."""
 
@@ -114,7 +91,7 @@ def learn(
     ops: list[Op], holder: nn.Module, stacks: dict[str, Tensor], size: int
 ) -> Iterator[Learned]:
     """Bodies that repeat what every expert returned while `ops` were recorded, likeliest first."""
-    regions = _Regions(holder, stacks, ops).found
+    regions = sort_calls(holder, stacks, ops)
     if not regions:
         return
     chief = max(regions.values(), key=lambda region: region.rows)
@@ -128,7 +105,7 @@ def learn_same(
     ops: list[Op], holder: nn.Module, stacks: dict[str, Tensor], template: ExpertTemplate
 ) -> Learned | None:
     """The body with the end of `template` in another run, that of other dtypes."""
-    regions = _Regions(holder, stacks, ops).found
+    regions = sort_calls(holder, stacks, ops)
     if not regions:
         return None
     chief = max(regions.values(), key=lambda region: region.rows)
@@ -138,8 +115,8 @@ def learn_same(
 
 
 def learn_end(
-    regions: dict[int, _Region],
-    chief: _Region,
+    regions: dict[int, Region],
+    chief: Region,
     holder: nn.Module,
     size: int,
     end: tuple[int, int],
@@ -173,7 +150,7 @@ def _repeats(
         return False
 
 
-def _ends(region: _Region) -> list[tuple[int, int]]:
+def _ends(region: Region) -> list[tuple[int, int]]:
     """(inputs, call) of the calls that may end a body, likeliest first."""
     found = []
     for number, op in enumerate(region.ops):
@@ -185,7 +162,7 @@ def _ends(region: _Region) -> list[tuple[int, int]]:
     return sorted(found, key=lambda end: (end[0], -end[1]))
 
 
-def _needed(region: _Region, end: int) -> list[_Ref]:
+def _needed(region: Region, end: int) -> list[Ref]:
     """What the calls up to `end` that it depends on read."""
     pending, seen, found = [end], set[int](), []
     while pending:
@@ -193,19 +170,15 @@ def _needed(region: _Region, end: int) -> list[_Ref]:
         if number in seen:
             continue
         seen.add(number)
-        for ref in _refs(region.wired[number]):
+        for ref in refs_in(region.wired[number]):
             found.append(ref)
             if ref.kind == "call":
                 pending.append(ref.number)
     return found
 
 
-def _refs(tree: Any) -> list[_Ref]:
-    return [leaf for leaf in leaves(tree)[0] if isinstance(leaf, _Ref)]
-
-
 def _build(
-    region: _Region, holder: nn.Module, size: int, end: tuple[int, int]
+    region: Region, holder: nn.Module, size: int, end: tuple[int, int]
 ) -> ExpertTemplate | None:
     refs = _needed(region, end[1])
     stacks = tuple(sorted({r.name for r in refs if r.kind == "slice"}))
@@ -219,7 +192,7 @@ def _build(
     made: dict[int, Node] = {}
 
     def node_of(leaf: Any) -> Any:
-        if not isinstance(leaf, _Ref):
+        if not isinstance(leaf, Ref):
             return leaf
         if leaf.kind != "call":
             return holes[leaf.kind, leaf.number if leaf.kind == "entry" else leaf.name]
@@ -260,7 +233,7 @@ def _settings(holder: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 def _entries_of(
-    template: ExpertTemplate, chief: _Region, region: _Region, end: int
+    template: ExpertTemplate, chief: Region, region: Region, end: int
 ) -> list[Tensor] | None:
     """The row inputs of another expert, if its calls up to `end` are those of the template."""
     if region is not chief and (
@@ -272,81 +245,3 @@ def _entries_of(
         return None
     numbers = sorted({r.number for r in _needed(chief, end) if r.kind == "entry"})
     return [region.values[number] for number in numbers]
-
-
-class _Regions:
-    """Sorts recorded calls by the expert whose slices they depend on."""
-
-    def __init__(self, holder: nn.Module, stacks: dict[str, Tensor], ops: list[Op]) -> None:
-        self.found: dict[int, _Region] = {}
-        self._stacks = {id(p): name for name, p in stacks.items()}
-        named_tensors = (*holder.named_parameters(), *holder.named_buffers())
-        self._shared = {id(p): name for name, p in named_tensors if id(p) not in self._stacks}
-        self._slices: dict[int, tuple[str, int]] = {}
-        self._inside: dict[int, tuple[int, int, int]] = {}  # tensor -> expert, call, leaf
-        self._values: dict[int, Any] = {}
-        for op in ops:
-            self._sort(op)
-
-    def _sort(self, op: Op) -> None:
-        if any(id(t) in self._stacks for t in op.tensors):
-            self._note_slices(op)
-        else:
-            experts = {e for t in op.tensors if (e := self._expert(t)) is not None}
-            fits = len(experts) == 1 and self._join(op, experts.copy().pop())
-            if not fits:
-                for tensor in op.outputs:
-                    self._inside.pop(id(tensor), None)
-        for tensor, value in zip(op.outputs, _tensors(op.values)):
-            self._values[id(tensor)] = value
-
-    def _note_slices(self, op: Op) -> None:
-        stack = next(t for t in op.tensors if id(t) in self._stacks)
-        for out in op.outputs:
-            step = stack.stride(0)
-            offset = out.storage_offset() - stack.storage_offset()
-            shared = out.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
-            if shared and out.shape == stack.shape[1:] and step and offset % step == 0:
-                self._slices[id(out)] = (self._stacks[id(stack)], offset // step)
-
-    def _expert(self, tensor: Tensor) -> int | None:
-        if id(tensor) in self._slices:
-            return self._slices[id(tensor)][1]
-        return self._inside[id(tensor)][0] if id(tensor) in self._inside else None
-
-    def _join(self, op: Op, expert: int) -> bool:
-        """Add the call to the region of `expert` if all of its inputs allow it."""
-        region = self.found.setdefault(expert, _Region())
-        entries = list(region.entries)
-        for tensor in op.tensors:
-            known = self._expert(tensor) is not None or id(tensor) in self._shared
-            if known or any(tensor is entry for entry in entries):
-                continue
-            rows = entries[0].shape[0] if entries else -1
-            if not tensor.is_floating_point() or not tensor.dim() or rows not in (-1, len(tensor)):
-                return False
-            entries.append(tensor)
-        for tensor in entries[len(region.entries) :]:
-            region.values.append(self._values.get(id(tensor), tensor))
-        region.entries = entries
-        region.wired.append(map_leaves(lambda t: self._ref(t, region), (op.args, op.kwargs)))
-        region.ops.append(op)
-        for leaf, tensor in enumerate(op.outputs):
-            self._inside[id(tensor)] = (expert, len(region.ops) - 1, leaf)
-        return True
-
-    def _ref(self, leaf: Any, region: _Region) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if id(leaf) in self._inside:
-            _, number, place = self._inside[id(leaf)]
-            return _Ref("call", number=number, leaf=place)
-        if id(leaf) in self._slices:
-            return _Ref("slice", name=self._slices[id(leaf)][0])
-        if id(leaf) in self._shared:
-            return _Ref("shared", name=self._shared[id(leaf)])
-        return _Ref("entry", number=[e is leaf for e in region.entries].index(True))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(tree)[0] if isinstance(leaf, Tensor)]

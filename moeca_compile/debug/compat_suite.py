@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,13 +71,18 @@ def compare_cases(cases: Sequence[SuiteCase], *, kernels: bool = False) -> Itera
 
 
 def _row(case: SuiteCase) -> CompatRow:
-    about = {"idiom": case.idiom, "version": f"{case.source} {case.version}".strip()}
-    build: Callable[[], tuple[nn.Module, Sequence[dict[str, Any]]]] = case.built
+    version = f"{case.source} {case.version}".strip()
     try:
-        model, calls = build()
+        model, calls = case.built()
     except Absent as missing:
-        return CompatRow(case.name, None, None, 0, case.regions, None, 0, str(missing), **about)
-    successive = [((), call) for call in calls]
+        why = str(missing)
+        return CompatRow(case.name, None, None, 0, case.regions, None, 0, why, case.idiom, version)
     return compare(
-        case.name, model, successive, expected_regions=case.regions, options=case.options, **about
+        case.name,
+        model,
+        [((), call) for call in calls],
+        expected_regions=case.regions,
+        options=case.options,
+        idiom=case.idiom,
+        version=version,
     )

@@ -87,7 +87,7 @@ def moeca(
     mode: str | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Compile one Dynamo graph. options: see `Options`; mode: Inductor's.
+    """Compile one Dynamo graph. options: see `Options`; mode: Inductor's, before `options.mode`.
 
     Raises OptionsError for bad options and, with `strict=True`, UnsupportedError where the graph
     cannot be cached.
@@ -97,9 +97,11 @@ def moeca(
             return torch.no_grad()(moeca(gm, example_inputs, options=options, mode=mode))
     given = {"mode": mode, "options": options}
     call = ROOTS.current_call()
+    parsed = Options.parse(options)
+    chosen = mode or parsed.mode
     request = Request(
-        Options.parse(options),
-        mode_options(mode) if mode else {},
+        parsed,
+        mode_options(chosen) if chosen else {},
         {name: value for name, value in given.items() if value},
         weakref.ref(call.root) if call is not None else None,
     )

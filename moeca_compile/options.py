@@ -27,6 +27,7 @@ DUMP_DIR_ENV = "MOECA_DUMP_DIR"
 SCORES = ("input_drift", "moeca")
 MAX_ORDER = 2
 ORDERS = ("attention_first", "router_first")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CACHE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -111,6 +112,10 @@ class Options:
     """Most bytes the caches of one lane may take; layers that do not fit are computed as written.
     Default None: no limit. In bytes (ours)."""
 
+    mode: str | None = None
+    """Inductor's mode, as `torch.compile(mode=...)`, which takes no options beside it. Default
+    None: none. A name, no unit (ours)."""
+
     strict: bool = False
     """Raise where the backend would otherwise fall back to plain Inductor and say so.
     Default False, no unit (ours)."""
@@ -141,6 +146,8 @@ class Options:
         self._integer("max_interval", at_least=2)
         if self.cache_dtype is not None:
             self._choice("cache_dtype", CACHE_DTYPES)
+        if self.mode is not None:
+            self._choice("mode", MODES)
         if self.max_cache_bytes is not None:
             self._integer("max_cache_bytes", at_least=0)
         if self.forecast_order is not None:

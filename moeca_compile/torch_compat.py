@@ -14,6 +14,7 @@ file to read and `tests/capture/test_torch_compat.py` one file to run.
     compile_apart(f, backend) -> callable     torch.compile, its recompiles counted apart
     trace_whole(m, backend)   -> callable     one call as one graph, for a check
     without_kernels()         -> context      graphs run as they are where Inductor would compile
+    mark_static(gm, at)       -> None         inputs whose addresses CUDA graphs may record
     raise_recompile_limit()   -> callable     puts it back
     is_compile_wrapper(f)     -> bool         f is another function, compiled
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FrameType
@@ -274,8 +275,30 @@ def compiles_kernels() -> bool:
     return _KERNELS[-1]
 
 
+def mark_static(gm: GraphModule, positions: Collection[int]) -> None:
+    """Tell AOTAutograd which inputs keep their addresses: weights and caches.
+
+    CUDA graphs then read and write them in place; other inputs are copied into a graph's own memory
+    at every call, and a graph that writes to one is not recorded at all. "unguarded": another
+    address, of another lane, is another recording. What Dynamo leaves on a graph has to be there:
+    a source on every input, all different, and the two marks on the module. Tested on torch 2.13.
+    """
+    from torch._dynamo.source import LocalSource
+
+    gm.meta.setdefault("dynamo_compile_id", None)
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+    holes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for number, hole in enumerate(holes):
+        hole._dynamo_source = LocalSource(f"moeca_input_{number}")  # type: ignore[attr-defined]
+        if number in positions:
+            hole.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
 def inductor(
-    gm: GraphModule, inputs: list[Any], fake_mode: FakeTensorMode, config: dict[str, Any]
+    gm: GraphModule,
+    inputs: list[Any],
+    fake_mode: FakeTensorMode,
+    config: dict[str, Any],
 ) -> Callable[..., Any]:
     """Compile an ATen graph with Inductor on fake `inputs`, both of its caches in use.
 

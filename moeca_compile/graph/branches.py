@@ -60,8 +60,9 @@ class Branches:
 
     def selection(self, rows: int) -> Selection:
         """`rows` values instead of T * K, as tokens with one slot."""
-        device = self.ids.meta["val"].device
-        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        ids = self.ids.meta["val"]
+        with ids.fake_mode:
+            nothing = torch.empty(0, dtype=torch.int64, device=ids.device)
         return OneSlot(RowSpace(self.tokens, self.top_k), nothing, rows, per_sample=False)
 
     def layout(self, shape: Sequence[int]) -> Layout | None:

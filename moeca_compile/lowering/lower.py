@@ -4,6 +4,7 @@ moeca.cache_read(c, T)          ->  c[:T]                      a view
 moeca.cache_write(c, idx, rows) ->  c.index_copy_(0, idx, rows)   O(len(idx)), in place
 moeca.cache_fill(c, rows)       ->  c.copy_(rows)
 moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined, its results stored
+moeca.grouped_linear(...)       ->  a grouped product on CUDA (lowering/grouped.py), else itself
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from . import guards
+from . import grouped, guards
 
 moeca = torch.ops.moeca
 ORIGIN = ("nn_module_stack", "stack_trace")  # where in the user's code a node comes from
@@ -49,6 +50,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     moeca.cache_fill.default: _fill,
     moeca.expert_thresholds.default: guards.expert_thresholds,
     moeca.guard_branches.default: _guard,
+    moeca.grouped_linear.default: grouped.grouped_linear,
 }
 
 

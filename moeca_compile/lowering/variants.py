@@ -15,8 +15,10 @@ from torch import Tensor
 from ..debug.dump import Dumper
 from ..options import Options
 from ..passes.insert_cache import VariantInputs, variant_outputs
+from ..passes.reuse_layer import allowed_counts
 from ..pipeline import Analysis
-from ..torch_compat import compiles_kernels, inductor
+from ..runtime.inputs import is_weight
+from ..torch_compat import compiles_kernels, inductor, mark_static
 from .lower import lower, trace
 
 # Moving reads of a cache behind the writes would make Inductor clone the cache: keep the order.
@@ -32,6 +34,9 @@ class Variants:
         self.analysis = analysis
         self.options = options
         self.dumper = dumper
+        # CUDA graphs replay fixed sizes: what a budget allows is then written into the graph.
+        on_cuda = any(s.device.type == "cuda" for s in analysis.plan.layout.specs)
+        self.fixed_counts = on_cuda and bool(config.get("triton.cudagraphs"))
         self.compile_seconds: dict[str, float] = {}
         self._config = config
         self._compiled: dict[str, Callable[..., Any]] = {}
@@ -47,7 +52,14 @@ class Variants:
 
     def counts(self, variant: str) -> int:
         """How many CPU count inputs the variant takes behind its caches."""
-        return 1 if variant == "reuse" and self.options.budget is not None else 0
+        budgeted = variant == "reuse" and self.options.budget is not None
+        return 1 if budgeted and not self.fixed_counts else 0
+
+    def steer(self, options: Options) -> None:
+        """Go on with other options that the same graphs serve, but for counts written into them."""
+        if self.fixed_counts and options.budget != self.options.budget:
+            self._compiled.pop("reuse", None)
+        self.options = options
 
     def mixed(self, variant: str) -> int:
         """How many coefficients of the policy the variant takes, as one float32 tensor."""
@@ -73,7 +85,7 @@ class Variants:
         def run(*args: Tensor) -> Any:
             caches = dict(zip((s.name for s in specs), args[len(holes) :], strict=False))
             rest = list(args[len(holes) + len(specs) :])
-            counts = rest.pop(0) if self.counts(variant) else None
+            counts = rest.pop(0) if self.counts(variant) else self._fixed(variant)
             extra = VariantInputs(caches, counts, rest[0] if rest else None)
             inputs = dict(zip(holes, args, strict=False))
             outputs, found = variant_outputs(aten.gm, plan, self.options, variant, inputs, extra)
@@ -84,6 +96,20 @@ class Variants:
         elapsed = (time.perf_counter() - started) * 1e3
         self.dumper.graph(f"{variant}.dialect", dialect, elapsed)
         return dialect, fakes
+
+    def _fixed(self, variant: str) -> list[list[int]] | None:
+        """Counts as constants of the graph; None where they are an input, or there is no budget."""
+        budget = self.options.budget
+        if variant != "reuse" or budget is None:
+            return None
+        return allowed_counts(self.analysis.plan.layers, budget)
+
+    def static_inputs(self, variant: str) -> set[int]:
+        """Positions of the inputs that stay where they are: weights, and a lane's caches."""
+        inputs = self.analysis.aten.inputs
+        caches = len(self.analysis.plan.layout.specs) if variant != "plain" else 0
+        weights = {i for i, each in enumerate(inputs) if is_weight(each)}
+        return weights | set(range(len(inputs), len(inputs) + caches))
 
     def lowered(self, variant: str) -> tuple[Any, list[Tensor]]:
         """(graph, fake inputs) as handed to Inductor."""
@@ -99,4 +125,5 @@ class Variants:
             return self.dialect(variant)[0]
         graph, fakes = self.lowered(variant)
         config = {**KEEP_ORDER, **self._config} if variant == "reuse" else self._config
+        mark_static(graph, self.static_inputs(variant))
         return inductor(graph, fakes, self.analysis.aten.fake_mode, config)

@@ -124,9 +124,10 @@ def _branch_flops(aten: AtenGraph, layer: LayerPlan) -> float:
     values = cast(Sequence[Any], torch.fx.map_arg(params, lambda n: n.meta["val"]))
     with aten.fake_mode, torch.no_grad(), _counter() as counter:
         inputs = [_some_rows(r.meta["val"], layer.tokens, rows) for r in region.rows]
+        device = region.rows[0].meta["val"].device
         groups = SortedRows(
-            torch.zeros(region.num_experts, dtype=torch.int64),
-            torch.zeros(rows, dtype=torch.int64),
+            torch.zeros(region.num_experts, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
         )
         graph = getattr(aten.gm, str(body.target))  # type: ignore[union-attr]
         ExpertRows(graph, inputs, [per_expert(p) for p in values], groups).run()

@@ -62,12 +62,13 @@ CHOICE_ORDERS: dict[str, type[ReuseLayer]] = {
 class VariantInputs:
     """What a variant's traced function receives besides the model's own inputs.
 
-    counts: CPU int64 [layers, 2] under a budget: branches and tokens of each sample to compute.
+    counts: CPU int64 [layers, 2] under a budget: branches and tokens of each sample to compute; or
+    the same as numbers.
     mix: float32 [n], what the policy mixes stored values by (`Policy.mix`).
     """
 
     caches: dict[str, Tensor]
-    counts: Tensor | None = None
+    counts: Tensor | list[list[int]] | None = None
     mix: Tensor | None = None
 
 
@@ -140,7 +141,7 @@ def _reuse_layer(
     extra: VariantInputs,
     needed: frozenset[Node],
 ) -> ReuseLayer:
-    counts = (None, None) if extra.counts is None else extra.counts[number].unbind()
+    counts = (None, None) if extra.counts is None else tuple(extra.counts[number])
     orders = CHOICE_ORDERS if isinstance(layer.region, ChoiceRegion) else ORDERS
     order = orders[options.order]
     return order(evaluator, layer, options, ReuseInputs(extra.caches, *counts), needed)

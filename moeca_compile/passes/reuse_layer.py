@@ -9,7 +9,9 @@ Semantics: method step by step in `tests/reference.py`, which judges this file i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,12 +42,26 @@ MIN_ROWS = 2  # Inductor specialises sizes 0 and 1: fewer rows are padded, paddi
 class ReuseInputs:
     """Caches by name, and under a budget how many branches and tokens of each sample to compute.
 
-    Counts are int64 scalars on the CPU: the graph reads them without waiting for a device.
+    Counts are int64 scalars on the CPU: the graph reads them without waiting for a device; or
+    numbers, where CUDA graphs want every size fixed.
     """
 
     caches: dict[str, Tensor]
-    branches: Tensor | None
-    tokens: Tensor | None
+    branches: Tensor | int | None
+    tokens: Tensor | int | None
+
+
+def allowed_counts(layers: Sequence[LayerPlan], budget: float) -> list[list[int]]:
+    """Per layer the branches of each group and the tokens of each sample that a budget allows.
+
+    At least two: smaller sizes would be specialised.
+    """
+    found = []
+    for layer in layers:
+        samples = layer.region.space.samples
+        sizes = (layer.branches // layer.region.groups, layer.tokens // samples)
+        found.append([max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes])
+    return found
 
 
 @dataclass(frozen=True)
@@ -181,11 +197,12 @@ class ReuseLayer(ABC):
         """[T]: tokens with any computed branch."""
         return self.computed.any(1)
 
-    def budget(self, count: Tensor | None, rows: int, groups: int | None = None) -> Any:
-        """A count per sample, or group, as a size known only at run time, at most its rows."""
+    def budget(self, count: Tensor | int | None, rows: int, groups: int | None = None) -> Any:
+        """A count per sample, or group, as a size, at most its rows; known only at run time where
+        it comes as a tensor."""
         if count is None:
             return None
-        size: Any = count.item()
+        size: Any = count if isinstance(count, int) else count.item()
         torch._check(size >= MIN_ROWS)
         torch._check(size <= rows // (groups or self.region.space.samples))
         return size

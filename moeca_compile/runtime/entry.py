@@ -9,7 +9,6 @@ tens of microseconds (benchmarks/reuse_step.py measures it).
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..lowering.variants import Variants
 from ..options import Options
-from ..passes.reuse_layer import MIN_ROWS
+from ..passes.reuse_layer import allowed_counts
 from ..policies.protocol import Decision
 from .controller import Controller, LaneAges
 from .history import History
@@ -64,7 +63,7 @@ class CompiledEntry:
         self._names = tuple(s.name for s in plan.layout.specs)
         self._scratch = plan.scratch
         self._rows: dict[tuple[int, str], list[Tensor]] = {}
-        self._counts = self._budget_counts() if options.budget is not None else []
+        self._counts = self._budget_counts()
         self._measured: dict[int, Tensor] = {}  # by lane: read at its next call, not before
         self._weights: WeightVersion | None = None
         self._turn: int | None = None
@@ -139,8 +138,9 @@ class CompiledEntry:
         """
         plan = self.variants.analysis.plan
         self.options = options
+        self.variants.steer(options)
         self.controller = Controller(options, plan.variants)
-        self._counts = self._budget_counts() if options.budget is not None else []
+        self._counts = self._budget_counts()
         self._cached = bool(plan.variants) and options.interval > 1
         self.reset()
 
@@ -184,7 +184,8 @@ class CompiledEntry:
             return outputs, counts
         outputs = variant(*tensors, *rows, *mix)
         if decision.kind == "refresh" and mix:
-            *outputs, self._measured[step.lane] = outputs
+            *outputs, measured = outputs
+            self._measured[step.lane] = measured.clone()  # CUDA graphs reuse their outputs' memory
         return self._counted(decision.kind, outputs)
 
     def _counted(self, kind: str, outputs: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None]:
@@ -224,17 +225,12 @@ class CompiledEntry:
         return found
 
     def _budget_counts(self) -> list[Tensor]:
-        """Branches and tokens per sample that the budget allows: the graph's CPU input [layers, 2].
-
-        At least two: smaller sizes would be specialised.
-        """
+        """Branches and tokens per sample that the budget allows: the graph's CPU input [layers, 2];
+        none where it has none."""
+        if not self.variants.counts("reuse"):
+            return []
         assert self.options.budget is not None
-        allowed = []
-        for layer in self.variants.analysis.plan.layers:
-            samples = layer.region.space.samples
-            sizes = (layer.branches // layer.region.groups, layer.tokens // samples)
-            budget = self.options.budget
-            allowed.append([max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes])
+        allowed = allowed_counts(self.variants.analysis.plan.layers, self.options.budget)
         return [torch.tensor(allowed, dtype=torch.int64)]
 
     def _training(self) -> bool:

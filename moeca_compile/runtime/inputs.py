@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..errors import OptionsError, name_nearest
-from ..graph.retrace import AtenGraph
+from ..graph.retrace import AtenGraph, Input
 from ..graph.row_rules import VIEWS, pointwise, rule_for
 
 WAVES = {torch.ops.aten.sin.default, torch.ops.aten.cos.default}
@@ -47,9 +47,7 @@ class InputRoles:
 def find_roles(aten: AtenGraph, timestep: str | None) -> InputRoles:
     """Sort the inputs by role. Raises OptionsError if the named timestep is no input."""
     names = tuple(argument_name(i.source) for i in aten.inputs)
-    user = [
-        i for i, each in enumerate(aten.inputs) if not _is_weight(each.source, each.is_parameter)
-    ]
+    user = [i for i, each in enumerate(aten.inputs) if not is_weight(each)]
     holes = aten.placeholders
     time = _named(names, user, timestep) if timestep else _find_timestep(holes, names, user)
     sample = _find_sample(aten, [i for i in user if i != time])
@@ -64,8 +62,9 @@ def argument_name(source: str) -> str:
     return quoted[-1] if quoted else source
 
 
-def _is_weight(source: str, is_parameter: bool) -> bool:
-    return is_parameter or "L['self']" in source or "L['fn']" in source
+def is_weight(given: Input) -> bool:
+    """Whether an input belongs to the model, so that it stays where it is from call to call."""
+    return given.is_parameter or "L['self']" in given.source or "L['fn']" in given.source
 
 
 def _named(names: tuple[str, ...], user: list[int], wanted: str) -> int:

@@ -9,6 +9,7 @@ are random and none is zero: a silent branch of the network would make caching l
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -250,6 +251,12 @@ def build(size: Size, seed: int = 0) -> Network:
         for name, value in (*network.named_parameters(), *network.named_buffers()):
             value.normal_(generator=generator).mul_(_gain(name, value))
     return network.eval().requires_grad_(False)
+
+
+def with_shared_weights(model: nn.Module) -> nn.Module:
+    """A copy with modules of its own, for another compilation, and the very same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _gain(name: str, value: Tensor) -> float:

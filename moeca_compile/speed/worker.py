@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moeca_compile
 
-from ..backend import moeca
 from ..passes.count_flops import FORMULAS
 from ..runtime.registry import REGISTRY
 from ..torch_compat import without_kernels
@@ -132,12 +131,12 @@ class Runner:
             return self.workload.peers[candidate.name](model)
         if candidate.kind == INDUCTOR:
             return torch.compile(model, mode=mode) if self.job.kernels else model
-        if mode is None:
-            return torch.compile(model, backend="moeca", options=candidate.options)
-        # torch.compile takes mode or options: the backend itself takes both
-        return torch.compile(
-            model, backend=lambda gm, x, **_: moeca(gm, x, options=candidate.options, mode=mode)
-        )
+        return torch.compile(model, backend="moeca", options=self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """With torch.compile's mode among them: it takes no options beside its own argument."""
+        mode = {"mode": self.job.mode} if self.job.mode else {}
+        return {**self.job.candidate.options, **mode}
 
     def warm_up(self) -> Ready:
         """The first generation, which compiles what there is to compile."""
@@ -205,7 +204,7 @@ class Runner:
         return (spent - whole) / (a_step * kinds.count("reuse"))
 
     def _steer(self, options: dict[str, Any]) -> None:
-        parsed = moeca_compile.Options.parse({**self.job.candidate.options, **options})
+        parsed = moeca_compile.Options.parse({**self._options(), **options})
         for entry in REGISTRY.entries_of(self.run):
             entry.steer(parsed)
 

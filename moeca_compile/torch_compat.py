@@ -49,11 +49,16 @@ def compiling_with(predicate: Callable[[Any], bool]) -> bool:
     Dynamo calls it once while tracing and keeps the answer as a Python constant. That needs no
     guard: code compiled for one backend is never run for another one. Tested on torch 2.13.
     """
+    transaction = _current_trace()
+    return transaction is not None and bool(predicate(transaction.output.compiler_fn))
+
+
+def _current_trace() -> Any | None:
+    """The trace that Dynamo is making on this thread, or None. Tested on torch 2.11, 2.13."""
     try:
-        transaction = InstructionTranslator.current_tx()
-    except AttributeError:  # the thread-local exists only while something is traced
-        return False
-    return bool(predicate(transaction.output.compiler_fn))
+        return InstructionTranslator.current_tx()  # None outside of a trace before 2.13
+    except AttributeError:  # since then the thread-local exists only while something is traced
+        return None
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,8 @@ class TracedFrame:
 
 def traced_frame() -> TracedFrame | None:
     """What is being compiled, to be asked inside a backend call; None elsewhere. Tested on 2.13."""
-    try:
-        transaction = InstructionTranslator.current_tx()
-    except AttributeError:
+    transaction = _current_trace()
+    if transaction is None:
         return None
     code, graph = transaction.f_code, transaction.output.graph
     why = transaction.output.compile_subgraph_reason
@@ -230,10 +234,8 @@ def guard_identity(module: torch.nn.Module) -> bool:
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import LocalSource
 
-    try:
-        values = InstructionTranslator.current_tx().f_locals
-    except AttributeError:
-        return False
+    transaction = _current_trace()
+    values = {} if transaction is None else transaction.f_locals
     names = [name for name, value in values.items() if value is module]
     if names:
         install_guard(LocalSource(names[0], is_input=True).make_guard(GuardBuilder.ID_MATCH))

@@ -19,9 +19,9 @@ ALIGNMENT = 8  # elements: grouped products want rows of 16 bytes
 
 def on_device(rows: Tensor, weights: list[Tensor]) -> bool:
     """Whether a grouped product runs there: CUDA, bfloat16, sizes it takes."""
-    sizes = (rows.shape[-1], weights[0].shape[-2])
-    aligned = all(size % ALIGNMENT == 0 for size in sizes)
-    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned
+    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16:
+        return False
+    return all(size % ALIGNMENT == 0 for size in (rows.shape[-1], weights[0].shape[-2]))
 
 
 def grouped_linear(

@@ -86,12 +86,12 @@ def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
 
 def _inline(graph: Graph, node: Node, made: dict[Node, Any], fake_mode: Any) -> Any:
     """Append what `node` is lowered to; its result as nodes of `graph`."""
-    inputs = [a for a in node.args if isinstance(a, Node)]
+    inputs = node.all_input_nodes
 
     def run(*given: Any) -> Any:
-        values = iter(given)
-        args = [next(values) if isinstance(a, Node) else a for a in node.args]
-        return LOWERINGS[node.target](*args, **node.kwargs)
+        values = dict(zip(inputs, given, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        return LOWERINGS[node.target](*args, **kwargs)
 
     with torch.no_grad(), fake_mode:
         inner = make_fx(run, pre_dispatch=True)(*(a.meta["val"] for a in inputs))

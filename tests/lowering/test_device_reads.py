@@ -18,12 +18,14 @@ from torch.fx import GraphModule, Node
 from idioms import inputs, make
 from moeca_compile.debug.dump import Dumper
 from moeca_compile.graph.dataflow import ancestors
+from moeca_compile.lowering import grouped
 from moeca_compile.lowering.grouped import grouped_product
+from moeca_compile.lowering.lower import lower, trace
 from moeca_compile.lowering.variants import Variants
 from moeca_compile.options import Options
 from moeca_compile.passes.count_flops import count_costs
 from moeca_compile.pipeline import analyse
-from moeca_compile.torch_compat import mark_static
+from moeca_compile.torch_compat import mark_static, new_fake_mode
 
 aten = torch.ops.aten
 BUDGETED = {"interval": 4, "budget": 0.25, "order": "attention_first"}
@@ -130,6 +132,31 @@ def test_grouped_product_equals_the_op(stacked: bool, biased: bool) -> None:
     expected = torch.ops.moeca.grouped_linear(rows, ends, banks, shifts)
     assert found.dtype == torch.bfloat16 and not found[17:].any()
     assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+def test_lists_of_weights_are_lowered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank of modules hands over a list; a body that is no plain chain takes this way on a CPU
+    as well."""
+    rows, ends = torch.empty(6, 16), torch.empty(3, dtype=torch.int64)
+    weights = [torch.empty(8, 16) for _ in range(3)]
+
+    def body(*given: Tensor) -> Tensor:
+        return torch.ops.moeca.grouped_linear(given[0], given[1], list(given[2:]), [])
+
+    mode = new_fake_mode()
+    fakes = [mode.from_tensor(v) for v in (rows, ends, *weights)]
+    kept = lower(trace(body, fakes, mode), mode)
+    assert [n.target for n in kept.graph.nodes if n.op == "call_function"] == [
+        torch.ops.moeca.grouped_linear.default
+    ]
+    monkeypatch.setattr(grouped, "on_device", lambda rows, weights: True)
+    fakes = [
+        mode.from_tensor(v.bfloat16() if v.is_floating_point() else v)
+        for v in (rows, ends, *weights)
+    ]
+    targets = {n.target for n in lower(trace(body, fakes, mode), mode).graph.nodes}
+    assert {aten._grouped_mm.default, aten.stack.default} <= targets
+    assert torch.ops.moeca.grouped_linear.default not in targets
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build: no fake CUDA tensors")

@@ -25,7 +25,6 @@ from moeca_compile.policies.predictors import PREDICTIONS
 
 DUMP_DIR_ENV = "MOECA_DUMP_DIR"
 SCORES = ("input_drift", "moeca")
-MAX_ORDER = 2
 ORDERS = ("attention_first", "router_first")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CACHE_DTYPES = ("bfloat16", "float16", "float32")
@@ -37,7 +36,7 @@ class Options:
 
     policy: str = "moeca"
     """What happens between refreshes: "auto", "moeca" (the paper's), "fora", "taylorseer",
-    "output_forecast", "teacache" or "duca". Default "moeca". A name, no unit."""
+    "output_forecast", "teacache", "toca" or "duca". Default "moeca". A name, no unit."""
 
     interval: int = 4
     """Every `interval`-th step is a refresh; no cached row gets older than `interval - 1` steps.
@@ -64,7 +63,8 @@ class Options:
 
     score: str = "input_drift"
     """"moeca": the paper's score. "input_drift": router weight x cached output norm x relative
-    drift of the expert's input. Default "input_drift", no unit (paper: score; drift is ours)."""
+    drift of the expert's input. Read by policy "moeca". Default "input_drift", no unit (paper:
+    score; drift is ours)."""
 
     budget: float | None = None
     """Share of the branches recomputed on a reuse step, in (0, 1]. Default None: the threshold
@@ -76,16 +76,18 @@ class Options:
     Default "router_first", no unit (paper: synchronisation)."""
 
     tolerance: float | None = None
-    """Bound that steers refreshes. "auto", "output_forecast": relative error of the forecast; None:
-    0.08 for "auto", a refresh every `interval` steps for "output_forecast". "teacache": summed
-    relative drift of the first block's input; None: 0.1. Default None, no unit (ours)."""
+    """Bound that steers refreshes. "auto", "output_forecast": relative error of the forecast;
+    "moeca": predicted relative error of cached branches; None: 0.08 for "auto", a refresh every
+    `interval` steps for the others. "teacache": summed relative drift of the first block's input;
+    None: 0.1. Default None, no unit (ours)."""
 
     max_interval: int = 5
     """With a tolerance, the longest distance between refreshes. Default 5, in steps (ours)."""
 
     forecast_order: int | None = None
-    """Order of the polynomial that extrapolates, 0, 1 or 2. Default None: 1, "fora" always 0.
-    No unit (ours; TaylorSeer's order O)."""
+    """Order of the polynomial that extrapolates, 0, 1 or 2. Default None: 1; 0 where rows are
+    reused ("moeca", "toca": 1 extrapolates cached rows, 2 is refused), always 0 for "fora" and
+    "duca". No unit (ours; TaylorSeer's order O)."""
 
     prediction: str = "output"
     """What is extrapolated to forecast the model's output: "output" itself, "clean" or "noise" of a
@@ -152,10 +154,11 @@ class Options:
             self._integer("max_cache_bytes", at_least=0)
         if self.forecast_order is not None:
             self._integer("forecast_order", at_least=0)
-            if self.forecast_order > MAX_ORDER:
+            highest = POLICIES[self.policy].max_order
+            if self.forecast_order > highest:
                 raise OptionsError(
-                    f"option forecast_order: expected None or 0 to {MAX_ORDER}, "
-                    f"got {self.forecast_order}"
+                    f"option forecast_order: expected None or 0 to {highest} with policy "
+                    f"{self.policy!r}, got {self.forecast_order}"
                 )
         if self.tolerance is not None:
             self._real("tolerance", "None or a number > 0", lambda v: v > 0)

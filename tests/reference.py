@@ -106,9 +106,10 @@ class Reference:
                 tolerance=self.tolerance,
                 usage=state.usage.get(index, h.new_zeros(block.num_experts, h.shape[1])),
                 forced=None if forced is None else _as_forced(forced[index]),
+                now=float(t.flatten()[0]),
             )
             if refresh or index in self.uncached:
-                h, layer = refresh_layer(call)
+                h, layer = refresh_layer(call, state.layers.get(index))
             elif self.options.order == "attention_first":
                 h, layer = reuse_attention_first(call, state.layers[index])
             else:

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reference_layer import Attended, choose_tokens, write_attention
+from reference_layer import Attended, choose_tokens, stored_rows, write_attention
 from reference_options import MethodOptions
+from reference_rows import Rows
 from reference_select import (
     TINY,
     entropy_thresholds,
@@ -44,12 +45,9 @@ class ChoiceState:
     drift: Tensor
     out: Tensor  # [T, E, D]
     token_in: Tensor  # [T, Din]
-    shared: Tensor  # [T, D]
     shared_in: Tensor
-    attn: Tensor  # [B, N, D]
     attn_in: Tensor
-    k: Tensor
-    v: Tensor
+    rows: dict[str, Rows]  # shared [T, D], attn [B, N, D], k, v as read
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,11 @@ class ChoiceReference:
             before = self._states.get(index)
             usage = h.new_zeros(block.num_experts, h.shape[1]) if before is None else before.usage
             given = None if forced is None else forced[index]
-            call = LayerCall(block, h, c, self.options, self.tolerance, usage, given)
+            now = float(t.flatten()[0])
+            call = LayerCall(block, h, c, self.options, self.tolerance, usage, given, now)
             layer = ChoiceLayer(call, 1 if self.pooled else h.shape[0])
             if refresh or before is None:
-                h, record = layer.refresh()
+                h, record = layer.refresh(None if before is None else before.state)
             else:
                 h, record = layer.reuse(before.state)
             self._states[index] = record
@@ -138,7 +137,7 @@ class ChoiceLayer:
         beta = self.options.beta
         return beta * self.call.usage + (1 - beta) * per_sample.mean(0).t()
 
-    def refresh(self) -> tuple[Tensor, ChoiceRecord]:
+    def refresh(self, old: ChoiceState | None) -> tuple[Tensor, ChoiceRecord]:
         call, block = self.call, self.block
         a = block.attention_input(call.x, call.c)
         q, k, v = block.heads(a)
@@ -155,12 +154,9 @@ class ChoiceLayer:
             drift=torch.zeros_like(weights),
             out=out,
             token_in=u,
-            shared=shared,
             shared_in=u,
-            attn=attn,
             attn_in=call.x,
-            k=k,
-            v=v,
+            rows=stored_rows(call, old, None, {"shared": shared, "attn": attn, "k": k, "v": v}),
         )
         none = torch.zeros_like(chosen)
         record = ChoiceRecord(chosen, none, chosen, set(), set(), self.used(chosen), state)
@@ -170,21 +166,22 @@ class ChoiceLayer:
     def reuse(self, old: ChoiceState) -> tuple[Tensor, ChoiceRecord]:
         call, block, budget = self.call, self.block, self.options.budget
         if self.options.order == "router_first":
-            u0 = block.expert_input(block.add_attention(call.x, old.attn, call.c), call.c)
+            stale = old.rows["attn"].at(call.now)
+            u0 = block.expert_input(block.add_attention(call.x, stale, call.c), call.c)
             decided = self.decide(old, u0)
             tokens = decided.computed.any(1)
             attended = write_attention(call, old, tokens)  # type: ignore[arg-type]
-            h = block.add_attention(call.x, attended.attn, call.c)
+            h = block.add_attention(call.x, attended.attn.at(call.now), call.c)
             u = block.expert_input(h, call.c)
             return self.finish(old, attended, decided, h, u, tokens, set())
         assert budget is not None and call.forced is not None
         moved = relative_drift(call.x, old.attn_in)
         tokens, disputed_a = choose_tokens(call, moved, budget, call.forced.attended)
         attended = write_attention(call, old, tokens)  # type: ignore[arg-type]
-        h = block.add_attention(call.x, attended.attn, call.c)
+        h = block.add_attention(call.x, attended.attn.at(call.now), call.c)
         u = block.expert_input(h, call.c)
         decided = self.decide(old, u)
-        moved = relative_drift(u, old.shared_in) * old.shared.norm(dim=-1)
+        moved = relative_drift(u, old.shared_in) * old.rows["shared"].value.norm(dim=-1)
         shared_tokens, disputed_s = choose_tokens(
             call, moved.view(call.samples, -1), budget, call.forced.shared
         )
@@ -256,11 +253,12 @@ class ChoiceLayer:
         disputed_tokens: set[int],
     ) -> tuple[Tensor, ChoiceRecord]:
         """Compute, write, combine. A dropped branch gives nothing and is not cached."""
-        block, computed = self.block, decided.computed
+        call, block, computed = self.call, self.block, decided.computed
         cached = decided.chosen & (decided.matched | computed)
         tokens = computed.any(1, keepdim=True)
         fresh = self.experts(u)
         out = torch.where(computed[..., None], fresh, old.out)
+        shared = old.rows["shared"].updated(shared_tokens, block.shared(u), call.now)
         older = old.drift + relative_drift(u, old.token_in).unsqueeze(1) * tokens
         state = ChoiceState(
             cached=cached,
@@ -269,14 +267,11 @@ class ChoiceLayer:
             drift=torch.where(cached & ~computed, older, 0.0),
             out=torch.where(cached[..., None], out, 0.0),
             token_in=torch.where(tokens, u, old.token_in),
-            shared=torch.where(shared_tokens[:, None], block.shared(u), old.shared),
             shared_in=torch.where(shared_tokens[:, None], u, old.shared_in),
-            attn=attended.attn,
             attn_in=attended.attn_in,
-            k=attended.k,
-            v=attended.v,
+            rows={"shared": shared, "attn": attended.attn, "k": attended.k, "v": attended.v},
         )
-        moe = (state.out * decided.weights[..., None]).sum(1) + state.shared
+        moe = (state.out * decided.weights[..., None]).sum(1) + shared.at(call.now)
         record = ChoiceRecord(
             decided.chosen,
             decided.matched,

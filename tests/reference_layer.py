@@ -12,10 +12,12 @@ Functions return the new state instead of writing into the old one, so a caller 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from reference_rows import Rows, cached_slots
 from reference_select import (
     Aligned,
     Choice,
@@ -26,9 +28,11 @@ from reference_select import (
     entropy_thresholds,
     normalise_scores,
     relative_drift,
+    small_values,
     token_share,
     top_per_sample,
     update_usage,
+    with_bonus,
 )
 from reference_state import Forced, LayerCall, LayerState, Pairs, ReferenceLayer, pairs_of
 
@@ -37,14 +41,17 @@ from reference_state import Forced, LayerCall, LayerState, Pairs, ReferenceLayer
 class Attended:
     """Attention caches after their rows were written; shapes as in `LayerState`."""
 
-    attn: Tensor
+    attn: Rows
     attn_in: Tensor
-    k: Tensor
-    v: Tensor
+    k: Rows
+    v: Rows
 
 
-def refresh_layer(call: LayerCall) -> tuple[Tensor, ReferenceLayer]:
-    """Everything as the model has it, all of it stored. Returns (x after the block, record)."""
+def refresh_layer(call: LayerCall, old: LayerState | None = None) -> tuple[Tensor, ReferenceLayer]:
+    """Everything as the model has it, all of it stored. Returns (x after the block, record).
+
+    old: rows of the same generation, where there are any: they give the slopes.
+    """
     block = call.block
     a = block.attention_input(call.x, call.c)
     q, k, v = block.heads(a)
@@ -62,12 +69,16 @@ def refresh_layer(call: LayerCall) -> tuple[Tensor, ReferenceLayer]:
         slot_drift=torch.zeros_like(weights),
         slot_out=out,
         token_in=u,
+        token_age=torch.zeros_like(weights[:, 0]),
         shared=shared,
         shared_in=u,
         attn=attn,
         attn_in=call.x,
         k=k,
         v=v,
+        rows=stored_rows(
+            call, old, ids, {"slot_out": out, "shared": shared, "attn": attn, "k": k, "v": v}
+        ),
     )
     everything = torch.ones_like(ids, dtype=torch.bool)
     nothing = torch.zeros_like(everything)
@@ -91,14 +102,40 @@ def refresh_layer(call: LayerCall) -> tuple[Tensor, ReferenceLayer]:
     return block.add_experts(h, moe, call.c), record
 
 
+def stored_rows(
+    call: LayerCall, old: Any, ids: Tensor | None, fresh: dict[str, Tensor]
+) -> dict[str, Rows]:
+    """All rows written; a branch has a slope if its expert was cached, in whatever slot.
+
+    old: a state with `rows`, or None.
+    """
+    result = {}
+    for name, value in fresh.items():
+        order = call.forecast_order
+        if name in ("k", "v"):  # always held
+            value, order = value.transpose(1, 2), 0  # [B, N, G, d]: rows in front
+        lead = 1 if name == "shared" else 2
+        result[name] = Rows.new(value, lead, call.now, order)
+        if old is not None and old.rows:
+            rows, same = old.rows[name], None
+            if name == "slot_out":
+                assert ids is not None
+                slot, same = cached_slots(old.slot_ids, ids)
+                rows = rows.picked(slot)
+            everything = torch.ones_like(rows.time, dtype=torch.bool)
+            result[name] = rows.updated(everything, value, call.now, same)
+    return result
+
+
 def reuse_router_first(call: LayerCall, old: LayerState) -> tuple[Tensor, ReferenceLayer]:
     """The router sees the cached attention; tokens with a computed branch get fresh attention."""
     block = call.block
-    u0 = block.expert_input(block.add_attention(call.x, old.attn, call.c), call.c)
+    stale = old.rows["attn"].at(call.now)
+    u0 = block.expert_input(block.add_attention(call.x, stale, call.c), call.c)
     decided = decide(call, old, u0)
     tokens = decided.computed.any(1)
     attended = write_attention(call, old, tokens)
-    h = block.add_attention(call.x, attended.attn, call.c)
+    h = block.add_attention(call.x, attended.attn.at(call.now), call.c)
     u1 = block.expert_input(h, call.c)
     moe, record = write_branches(call, old, attended, decided, u1, tokens, tokens, set())
     return block.add_experts(h, moe, call.c), record
@@ -115,10 +152,10 @@ def reuse_attention_first(call: LayerCall, old: LayerState) -> tuple[Tensor, Ref
         call, relative_drift(call.x, old.attn_in), budget, forced.attended
     )
     attended = write_attention(call, old, attended_tokens)
-    h = block.add_attention(call.x, attended.attn, call.c)
+    h = block.add_attention(call.x, attended.attn.at(call.now), call.c)
     u = block.expert_input(h, call.c)
-    decided = decide(call, old, u)
-    drift = relative_drift(u, old.shared_in) * old.shared.norm(dim=-1)
+    decided = decide(call, old, u, attended.v)
+    drift = relative_drift(u, old.shared_in) * old.rows["shared"].value.norm(dim=-1)
     shared_tokens, disputed_s = choose_tokens(
         call, drift.view(call.samples, -1), budget, forced.shared
     )
@@ -141,14 +178,19 @@ class Decided:
     usage: Tensor
 
 
-def decide(call: LayerCall, old: LayerState, u0: Tensor) -> Decided:
-    """Route `u0 [T, Din]`, align with the cache, score, choose; forced choices are judged here."""
+def decide(call: LayerCall, old: LayerState, u0: Tensor, v: Rows | None = None) -> Decided:
+    """Route `u0 [T, Din]`, align with the cache, score, choose; forced choices are judged here.
+
+    v: values as cached when the router speaks, those of before this step where none are given.
+    """
     options = call.options
     weights, ids = call.block.route(u0)
     aligned = align_slots(old.slot_ids, ids, weights)
     usage = update_usage(call.usage, ids, options.beta)
-    tau_e = entropy_thresholds(usage, options.tau, options.alpha)
-    scores = normalise_scores(raw_scores(call, old, aligned, u0), aligned.matched, call.samples)
+    token_wise = call.score in ("value_norm", "toca")
+    tau_e = entropy_thresholds(usage, options.tau, 0.0 if token_wise else options.alpha)
+    scores = raw_scores(call, old, aligned, u0, old.rows["v"] if v is None else v)
+    scores = normalise_scores(scores, aligned.matched, call.samples)
     if options.budget is None:
         own = choose_by_threshold(scores, aligned, tau_e, call.tolerance)
     else:
@@ -157,18 +199,23 @@ def decide(call: LayerCall, old: LayerState, u0: Tensor) -> Decided:
     return Decided(aligned, scores, tau_e, computed, own.near, disputed, usage)
 
 
-def raw_scores(call: LayerCall, old: LayerState, aligned: Aligned, u0: Tensor) -> Tensor:
+def raw_scores(call: LayerCall, old: LayerState, aligned: Aligned, u0: Tensor, v: Rows) -> Tensor:
     """Score of every slot before layer normalisation: [T, K]; ValueError for an unknown score."""
     options = call.options
     share = token_share(aligned.weights)
-    if options.score == "moeca":
+    if call.score == "value_norm":
+        return small_values(v.value).reshape(-1, 1).expand_as(share)
+    if call.score == "toca":
+        stale = 0.0625 * old.token_age.view(call.samples, -1)
+        return with_bonus(small_values(v.value) + stale).reshape(-1, 1).expand_as(share)
+    if call.score == "moeca":
         norm_share = old.slot_norm / old.slot_norm.sum(1, keepdim=True).clamp_min(1e-12)
         weight_drift = (share - old.slot_weight).abs()
         return share + options.lambda_drift * weight_drift + options.lambda_share * norm_share
-    if options.score == "input_drift":
+    if call.score == "input_drift":
         drift = relative_drift(u0, old.token_in).unsqueeze(1) + old.slot_drift
         return share * old.slot_norm * drift
-    raise ValueError(f"unknown score {options.score!r}")
+    raise ValueError(f"unknown score {call.score!r}")
 
 
 def judge(ids: Tensor, own: Choice, forced: Forced | None) -> tuple[Tensor, Pairs]:
@@ -203,10 +250,10 @@ def write_attention(call: LayerCall, old: LayerState, tokens: Tensor) -> Attende
     a = call.block.attention_input(call.x, call.c)
     q, fresh_k, fresh_v = call.block.heads(a)
     per_token = tokens.view(call.samples, -1)  # [B, N]
-    k = torch.where(per_token[:, None, :, None], fresh_k, old.k)
-    v = torch.where(per_token[:, None, :, None], fresh_v, old.v)
-    fresh = call.block.attend(q, k, v)
-    attn = torch.where(per_token[..., None], fresh, old.attn)
+    k = old.rows["k"].updated(per_token, fresh_k.transpose(1, 2), call.now)
+    v = old.rows["v"].updated(per_token, fresh_v.transpose(1, 2), call.now)
+    fresh = call.block.attend(q, k.at(call.now).transpose(1, 2), v.at(call.now).transpose(1, 2))
+    attn = old.rows["attn"].updated(per_token, fresh, call.now)
     return Attended(attn, torch.where(per_token[..., None], call.x, old.attn_in), k, v)
 
 
@@ -229,7 +276,8 @@ def write_branches(
     dropped = ~aligned.matched & ~computed
     tokens = computed.any(1)
     fresh = call.experts(u1, aligned.ids)
-    out = torch.where(computed[..., None], fresh, old.slot_out)
+    out = old.rows["slot_out"].updated(computed, fresh, call.now, aligned.matched)
+    shared = old.rows["shared"].updated(shared_tokens, call.block.shared(u1), call.now)
     older = old.slot_drift + relative_drift(u1, old.token_in).unsqueeze(1)
     drift = torch.where(tokens[:, None], older, old.slot_drift)
     state = LayerState(
@@ -237,17 +285,25 @@ def write_branches(
         slot_weight=torch.where(tokens[:, None], token_share(aligned.weights), old.slot_weight),
         slot_norm=torch.where(computed, fresh.norm(dim=-1), old.slot_norm),
         slot_drift=torch.where(computed, 0.0, drift),
-        slot_out=out,
+        slot_out=out.value,
         token_in=torch.where(tokens[:, None], u1, old.token_in),
-        shared=torch.where(shared_tokens[:, None], call.block.shared(u1), old.shared),
+        token_age=torch.where(tokens, 0.0, old.token_age + 1),
+        shared=shared.value,
         shared_in=torch.where(shared_tokens[:, None], u1, old.shared_in),
-        attn=attended.attn,
+        attn=attended.attn.value,
         attn_in=attended.attn_in,
-        k=attended.k,
-        v=attended.v,
+        k=attended.k.value.transpose(1, 2),
+        v=attended.v.value.transpose(1, 2),
+        rows={
+            "slot_out": out,
+            "shared": shared,
+            "attn": attended.attn,
+            "k": attended.k,
+            "v": attended.v,
+        },
     )
     served = torch.where(dropped, 0.0, aligned.weights)
-    moe = (out * served.unsqueeze(-1)).sum(1) + state.shared
+    moe = (out.at(call.now) * served.unsqueeze(-1)).sum(1) + shared.at(call.now)
     record = ReferenceLayer(
         ids=aligned.ids,
         weights=aligned.weights,

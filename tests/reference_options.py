@@ -25,6 +25,10 @@ class MethodOptions(Protocol):
     def budget(self) -> float | None: ...
     @property
     def order(self) -> str: ...
+    @property
+    def forecast_order(self) -> int | None: ...
+    @property
+    def policy(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,5 @@ class ReferenceOptions:
     score: str = "moeca"
     budget: float | None = None
     order: str = "router_first"
+    forecast_order: int | None = None
+    policy: str = "moeca"

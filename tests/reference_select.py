@@ -62,6 +62,23 @@ def relative_drift(now: Tensor, then: Tensor) -> Tensor:
     return (now - then).norm(dim=-1) / then.norm(dim=-1).clamp_min(TINY)
 
 
+def small_values(v: Tensor) -> Tensor:
+    """1 - |v| / max |v| of the sample, |v| over all heads: v [B, N, G, d] -> [B, N]."""
+    size = v.flatten(2).norm(dim=-1)
+    return 1.0 - size / size.amax(1, keepdim=True).clamp_min(TINY)
+
+
+def with_bonus(score: Tensor) -> Tensor:
+    """0.4 more for the best of every four tokens in a row: [B, N]."""
+    out = score.clone()
+    for sample, values in enumerate(score.tolist()):
+        for start in range(0, len(values), 4):
+            cell = values[start : start + 4]
+            for i, value in enumerate(cell):
+                out[sample, start + i] += 0.4 if value == max(cell) else 0.0
+    return out
+
+
 def update_usage(usage: Tensor, ids: Tensor, beta: float) -> Tensor:
     """C <- beta C + (1 - beta) mean over samples of [expert e chosen at position n]; C [E, N]."""
     experts, positions = usage.shape

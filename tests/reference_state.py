@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from reference_options import MethodOptions
+from reference_rows import Rows
 from reference_views import BlockView
 
 Pairs = set[tuple[int, int]]
@@ -36,12 +37,14 @@ class LayerState:
     slot_drift: Tensor  # [T, K]
     slot_out: Tensor  # [T, K, D]
     token_in: Tensor  # [T, Din]
+    token_age: Tensor  # [T] reuse steps since a branch of the token was computed
     shared: Tensor  # [T, D]
     shared_in: Tensor  # [T, Din] input the shared row was computed from
     attn: Tensor  # [B, N, D]
     attn_in: Tensor  # [B, N, D] stream the attention row was computed from
     k: Tensor  # [B, G, N, d]
     v: Tensor  # [B, G, N, d]
+    rows: dict[str, Rows] = field(default_factory=dict)  # slot_out, shared, attn, k, v as read
 
 
 def pairs_of(ids: Tensor, mask: Tensor) -> Pairs:
@@ -85,10 +88,21 @@ class LayerCall:
     tolerance: float
     usage: Tensor
     forced: Forced | None
+    now: float
 
     @property
     def samples(self) -> int:
         return self.x.shape[0]
+
+    @property
+    def score(self) -> str:
+        """What ranks the branches; token-wise policies have their own."""
+        own = {"toca": "toca", "duca": "value_norm"}
+        return own.get(self.options.policy, self.options.score)
+
+    @property
+    def forecast_order(self) -> int:
+        return self.options.forecast_order or 0
 
     def experts(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Expert outputs for `rows [T, Din]` and `ids [T, K]`: [T, K, D]."""

@@ -35,6 +35,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"interval": 4, "score": "input_drift", "budget": 0.2},
         {"interval": 4, "score": "input_drift", "budget": 0.1},
         {"interval": 8, "score": "input_drift", "budget": 0.05},
+        *({"interval": n, "tau": 1e9, "forecast_order": 1} for n in (2, 3, 4)),
+        {"interval": 4, "budget": 0.1, "forecast_order": 1},
+        *({"tolerance": v, "max_interval": 6, "budget": 0.1} for v in (0.1, 0.2, 0.4)),
+        *(
+            {"tolerance": v, "max_interval": 6, "budget": 0.1, "forecast_order": 1}
+            for v in (0.1, 0.2, 0.4)
+        ),
     ),
     "toca": (
         {"interval": 3, "budget": 0.1},

@@ -56,7 +56,8 @@ def graph_key(options: Options) -> Hashable:
     if not stored.rows:
         return stored, options.timestep, options.max_cache_bytes
     built_in = tuple(getattr(options, name) for name in _IN_ROW_GRAPHS)
-    return stored, options.timestep, options.budget is None, built_in
+    selector = find_policy(options.policy).selector(options)
+    return stored, options.timestep, options.budget is None, selector, built_in
 
 
 @dataclass

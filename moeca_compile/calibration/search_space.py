@@ -61,11 +61,9 @@ _FORECAST = (
     Choice("corrector", (True, False)),
     Choice("forecast_order", (1, 2, 0)),
 )
-_ROWS = (
-    Choice("budget", (0.1, 0.05, 0.2, 0.35)),
-    Choice("score", ("input_drift", "moeca")),
-    _WARMUP,
-)
+_BUDGET = Choice("budget", (0.1, 0.05, 0.2, 0.35))
+_LINES = Choice("forecast_order", (1, 0))
+_SCORE = Choice("score", ("input_drift", "moeca"))
 
 # In the order of promise: where the time is short, the last ones are not tried.
 SPACE: dict[str, Space] = {
@@ -74,9 +72,9 @@ SPACE: dict[str, Space] = {
     "fora": Space(_INTERVAL, (_WARMUP,)),
     "output_forecast": Space(_FORECAST_ERROR, (*_FORECAST, _WARMUP)),
     "teacache": Space(_DRIFT, (_LONGEST, _WARMUP)),
-    "duca": Space(_INTERVAL, _ROWS),
-    "toca": Space(_INTERVAL, _ROWS),
-    "moeca": Space(_INTERVAL, _ROWS),
+    "moeca": Space(_INTERVAL, (_BUDGET, _LINES, _SCORE, _WARMUP)),
+    "toca": Space(_INTERVAL, (_BUDGET, _LINES, _WARMUP)),
+    "duca": Space(_INTERVAL, (_BUDGET, _WARMUP)),
 }
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from ..options import Options
 from ..passes.cache_plan import LayerPlan
 from ..passes.count_flops import count_costs
-from ..passes.reuse_layer import MIN_ROWS
+from ..passes.reuse_inputs import MIN_ROWS
 from ..pipeline import Analysis
 from ..policies import find_policy
 from ..runtime.stats import Costs, LayerCost

@@ -21,11 +21,15 @@ from .region import RowRoot
 
 @dataclass(frozen=True)
 class RowCache:
-    """How the rows of `root` are stored in the cache tensor called `name`."""
+    """How the rows of `root` are stored in the cache tensor called `name`.
+
+    times: the tensor that says when each row was written, where rows are extrapolated.
+    """
 
     name: str
     root: RowRoot
     space: RowSpace
+    times: str = ""
 
     @property
     def width(self) -> int:

@@ -65,6 +65,8 @@ def guard_places(
     """
     if score == "input_drift":
         scores = share * norm * drift
+    elif score == "given":
+        scores = drift
     else:
         scores = share + lambda_drift * (share - old_share).abs() + lambda_share * norm_share
     scores = normalize_scores(scores, matched, groups)

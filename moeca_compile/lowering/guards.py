@@ -114,6 +114,8 @@ def score_branches(
     """Score [T, K] in slot order as it is compared with tau_e; see `guard_branches`."""
     if score == "input_drift":
         scores = share * slot_norm * drift
+    elif score == "given":
+        scores = drift
     else:
         scores = paper_scores(share, slot_weight, slot_norm, lambda_drift, lambda_share)
     return normalize_scores(scores, matched, samples)
@@ -136,7 +138,8 @@ def guard_branches(
     """(computed, ids, weights, share, matched), all [T, K] in slot order.
 
     count: branches per sample under a budget (None: the threshold rule). score: "moeca" (paper)
-    or "input_drift" (share x cached output norm x relative drift [T, K] of the expert's input).
+    or "input_drift" (share x cached output norm x relative drift [T, K] of the expert's input) or
+    "given" (what is in the place of the drift is the score).
     weights: current router weights, zero for a branch dropped because the budget was full of
     unmatched ones.
     """

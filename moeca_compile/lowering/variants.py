@@ -15,7 +15,7 @@ from torch import Tensor
 from ..debug.dump import Dumper
 from ..options import Options
 from ..passes.insert_cache import VariantInputs, variant_outputs
-from ..passes.reuse_layer import allowed_counts
+from ..passes.reuse_inputs import allowed_counts
 from ..pipeline import Analysis
 from ..runtime.inputs import is_weight
 from ..torch_compat import compiles_kernels, inductor, mark_static
@@ -63,7 +63,7 @@ class Variants:
 
     def mixed(self, variant: str) -> int:
         """How many coefficients of the policy the variant takes, as one float32 tensor."""
-        return self.analysis.plan.histories.coefficients(variant)
+        return self.analysis.plan.coefficients(variant)
 
     def dialect(self, variant: str) -> tuple[Any, list[Tensor]]:
         """(graph, fake inputs) with the `moeca::` ops in it; it runs as it is, only slowly."""
@@ -86,10 +86,10 @@ class Variants:
             caches = dict(zip((s.name for s in specs), args[len(holes) :], strict=False))
             rest = list(args[len(holes) + len(specs) :])
             counts = rest.pop(0) if self.counts(variant) else self._fixed(variant)
-            extra = VariantInputs(caches, counts, rest[0] if rest else None)
+            extra = VariantInputs.of(plan, caches, counts, rest[0] if rest else None)
             inputs = dict(zip(holes, args, strict=False))
             outputs, found = variant_outputs(aten.gm, plan, self.options, variant, inputs, extra)
-            return (*outputs, found) if found is not None else tuple(outputs)
+            return (*outputs, *found)
 
         started = time.perf_counter()
         dialect = trace(run, fakes, aten.fake_mode)

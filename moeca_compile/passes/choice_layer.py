@@ -26,7 +26,8 @@ from ..lowering.choice_guards import (
 )
 from ..lowering.guards import chosen_thresholds
 from .attention_first import AttentionFirst
-from .reuse_layer import MIN_ROWS, ReuseLayer, moeca
+from .reuse_inputs import MIN_ROWS
+from .reuse_layer import ReuseLayer, moeca
 from .router_first import RouterFirst
 from .run_experts import run_experts
 
@@ -46,8 +47,9 @@ class ChoiceLayer(ReuseLayer):
         self.token = torch.div(self.places, region.num_experts, rounding_mode="floor")
         self.expert = self.places % region.num_experts
         chosen = chosen_mask(self.places, self.valid, self.layer.tokens, region.num_experts)
+        alpha = options.alpha if self.layer.selector.expert_aware else 0.0
         spatial, limits = chosen_thresholds(
-            self.cache("spatial"), chosen, options.tau, options.alpha, options.beta
+            self.cache("spatial"), chosen, options.tau, alpha, options.beta
         )
         moeca.cache_fill(self.cache("spatial"), spatial)
         self.row = match_places(
@@ -70,8 +72,10 @@ class ChoiceLayer(ReuseLayer):
         )
         norm = torch.where(self.matched, norms.index_select(0, held), 0.0)
         norm_share = norm / total.index_select(0, self.token).clamp(min=1e-12)
-        drift = torch.zeros_like(norm)
-        if input_drift is not None:
+        drift, selector = torch.zeros_like(norm), self.layer.selector
+        if selector.token_score is not None:
+            drift = selector.token_score(self).index_select(0, self.token)
+        elif input_drift is not None:
             older = self.cache("slot_drift").index_select(0, held)
             drift = input_drift.index_select(0, self.token) + older
         each = (
@@ -88,7 +92,7 @@ class ChoiceLayer(ReuseLayer):
             *(None if v is None else split(v).reshape(-1) for v in each),  # type: ignore[arg-type]
             groups=region.groups,
             count=self.budget(self.inputs.branches, self.layer.branches, region.groups),
-            score=self.options.score,
+            score=selector.formula,
             lambda_drift=self.options.lambda_drift,
             lambda_share=self.options.lambda_share,
         )
@@ -127,7 +131,9 @@ class ChoiceLayer(ReuseLayer):
 
     def _update_places(self, input_drift: Tensor | None) -> None:
         """Branches, gates and drift of all rows, written together."""
-        on_place = self.tokens_computed().index_select(0, self.token)
+        moved = self.tokens_computed()
+        self.count_ages(moved)
+        on_place = moved.index_select(0, self.token)
         held = self.row.clamp(min=0)
         old = self.cache("slot_weight").index_select(0, held)
         self._fill("slot_weight", torch.where(on_place, self.share, old), 0)

@@ -20,7 +20,8 @@ from ..options import Options
 from ..runtime.telemetry import FIELDS
 from .cache_plan import CachePlan, LayerPlan
 from .choice_layer import gates_of
-from .reuse_layer import MIN_ROWS, moeca
+from .reuse_inputs import MIN_ROWS
+from .reuse_layer import moeca
 from .run_experts import run_experts
 
 
@@ -80,6 +81,8 @@ def _store_places(
     moeca.cache_fill(cache("spatial"), spatial)
     if layer.tracks_drift:
         moeca.cache_fill(cache("slot_drift"), torch.zeros_like(share))
+    if layer.selector.counts_age:
+        moeca.cache_fill(cache("token_age"), share.new_zeros(layer.tokens))
     for field in layer.input_fields:
         for i, r in enumerate(rows):
             moeca.cache_fill(cache(f"{field}{i}"), r)

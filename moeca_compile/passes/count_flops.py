@@ -89,7 +89,7 @@ def _count_forecast(aten: AtenGraph, plan: CachePlan, options: Options) -> int:
         caches = {
             s.name: torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in plan.layout.specs
         }
-        mix = torch.empty(plan.histories.coefficients("forecast"), device=plan.device)
+        mix = torch.empty(plan.coefficients("forecast"), device=plan.device)
         extra = VariantInputs(caches, mix=mix)
         variant_outputs(aten.gm, plan, options, "forecast", inputs, extra)
     return counter.get_total_flops()

@@ -82,7 +82,7 @@ class Histories:
         return [spec for h in (*self.layers, *self.outputs, *rest) for spec in h.specs]
 
     def coefficients(self, variant: str) -> int:
-        """Length of what the policy mixes stored values by in a variant."""
+        """How many numbers the policy mixes stored values by in a variant."""
         depth = self.outputs[0].depth if self.outputs else 0
         if variant == "forecast":
             return self.layers[0].depth if self.layers else 0

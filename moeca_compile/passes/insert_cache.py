@@ -10,7 +10,7 @@
 
 Each builder is run under tracing: `variant_outputs` evaluates the graph's outputs with the region
 roots replaced. Caches arrive by name as extra inputs; what was counted or measured leaves as an
-extra output.
+extra outputs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.traceback import set_current_meta
 
 from ..graph.evaluate import Evaluator
-from ..graph.experts import sort_branches
 from ..graph.region import ChoiceRegion
 from ..graph.row_cache import RowCache
 from ..options import Options
 from .attention_first import AttentionFirst
-from .cache_plan import CachePlan, LayerPlan
+from .cache_plan import CLOCK, CachePlan, LayerPlan
 from .choice_layer import ChoiceAttentionFirst, ChoiceRouterFirst
 from .choice_refresh import compute_all, count_chosen
+from .evidence import average, reuse_evidence
 from .forecast import (
     finish_refresh,
     hold_layers,
@@ -42,9 +42,11 @@ from .forecast import (
     skip_outputs,
     update_layers,
 )
-from .reuse_layer import ReuseInputs, ReuseLayer
+from .reuse_inputs import ReuseInputs
+from .reuse_layer import ReuseLayer
 from .router_first import RouterFirst
-from .run_experts import run_experts
+from .row_forecast import CachedRows, Clock
+from .slot_refresh import compute_slots
 
 moeca = torch.ops.moeca
 VARIANTS = ("plain", "refresh", "reuse", "forecast", "skip")
@@ -64,12 +66,31 @@ class VariantInputs:
 
     counts: CPU int64 [layers, 2] under a budget: branches and tokens of each sample to compute; or
     the same as numbers.
-    mix: float32 [n], what the policy mixes stored values by (`Policy.mix`).
+    mix: float32 [n], what the policy mixes stored values by (`Policy.mix`). clock: of rows that are
+    extrapolated.
     """
 
     caches: dict[str, Tensor]
     counts: Tensor | list[list[int]] | None = None
     mix: Tensor | None = None
+    clock: Clock | None = None
+
+    @classmethod
+    def of(
+        cls,
+        plan: CachePlan,
+        caches: dict[str, Tensor],
+        counts: Tensor | list[list[int]] | None,
+        mix: Tensor | None,
+    ) -> VariantInputs:
+        """mix: as the policy gives it, a clock in front where rows are extrapolated."""
+        if mix is None or not plan.stored.slopes:
+            return cls(caches, counts, mix)
+        return cls(caches, counts, mix[CLOCK:], Clock(mix[0], mix[1]))
+
+    @property
+    def rows(self) -> CachedRows:
+        return CachedRows(self.caches, self.clock)
 
 
 def variant_outputs(
@@ -79,32 +100,40 @@ def variant_outputs(
     variant: str,
     inputs: dict[Node, Any],
     extra: VariantInputs,
-) -> tuple[list[Any], Tensor | None]:
-    """(the model's outputs, what a step counts or measures or None), evaluated under tracing.
+) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """(the model's outputs, what a step counts and measures), evaluated under tracing.
 
-    reuse, and full steps in `plan.counted`: int64 [layers, fields]. refresh with stored outputs:
-    float32 [basis * basis], counts before it. probe: no outputs, float32 [1].
+    reuse, and full steps in `plan.counted`: counts, int64 [layers, fields]. Behind them: refresh
+    with stored outputs, float32 [basis * basis]; refresh and reuse with evidence, float32 [3].
+    probe: no outputs, float32 [1].
     """
     if variant == "skip":
-        return skip_outputs(plan.histories, inputs, extra.caches, _mix(extra)), None
+        return skip_outputs(plan.histories, inputs, extra.caches, _mix(extra)), ()
     evaluator = Evaluator(gm, inputs)
     if variant == "probe":
-        return [], probe_input(plan.histories, evaluator, extra.caches)
-    reuse = _install(evaluator, plan, options, variant, extra)
+        return [], (probe_input(plan.histories, evaluator, extra.caches),)
+    evidence: list[Tensor] = []
+    reuse = _install(evaluator, plan, options, variant, extra, evidence)
     # Layer by layer, so that the recursion never gets deeper than one layer.
     ends = {region.combine for region in (*(p.region for p in plan.layers), *plan.left_out)}
     for node in gm.graph.nodes:
         if node in ends:
             evaluator.value(node)
     outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
-    counts = count_chosen(evaluator, plan) if variant in plan.counted - {"reuse"} else None
+    if variant == "refresh":
+        for times in (name for layer in plan.layers for name in layer.times):
+            extra.rows.stamp_all(times)
+    counts = [count_chosen(evaluator, plan)] if variant in plan.counted - {"reuse"} else []
     if variant == "refresh" and plan.histories.outputs:
-        outputs, found = finish_refresh(plan.histories, inputs, extra.caches, _mix(extra), outputs)
-        return [*outputs, *([] if counts is None else [counts])], found
-    if variant != "reuse":
-        return outputs, counts
-    update_layers(plan.histories, evaluator, extra.caches)
-    return outputs, torch.stack([r.counters() for r in reuse])
+        outputs, measure = finish_refresh(
+            plan.histories, inputs, extra.caches, _mix(extra), outputs
+        )
+        return outputs, (*counts, measure)
+    if variant == "reuse":
+        update_layers(plan.histories, evaluator, extra.caches)
+        counts = [torch.stack([r.counters() for r in reuse])]
+        evidence = [reuse_evidence(r) for r in reuse if r.layer.evidence]
+    return outputs, (*counts, average(evidence)) if evidence else tuple(counts)
 
 
 def _mix(extra: VariantInputs) -> Tensor:
@@ -114,9 +143,17 @@ def _mix(extra: VariantInputs) -> Tensor:
 
 
 def _install(
-    evaluator: Evaluator, plan: CachePlan, options: Options, variant: str, extra: VariantInputs
+    evaluator: Evaluator,
+    plan: CachePlan,
+    options: Options,
+    variant: str,
+    extra: VariantInputs,
+    evidence: list[Tensor],
 ) -> list[ReuseLayer]:
-    """Replace what the variant does not compute as written; the reuse layers, where it has any."""
+    """Replace what the variant does not compute as written; the reuse layers, where it has any.
+
+    evidence: takes what a refresh finds, layer by layer, as the graph is evaluated.
+    """
     reuse: list[ReuseLayer] = []
     if variant == "forecast":
         hold_layers(plan.histories, evaluator, extra.caches, _mix(extra))
@@ -127,7 +164,7 @@ def _install(
             reuse[-1].install()
         else:
             stores = variant == "refresh" and plan.stored.rows
-            _install_full(evaluator, layer, options, extra.caches if stores else None)
+            _install_full(evaluator, layer, options, extra.rows if stores else None, evidence)
     if variant == "refresh":
         keep_layers(plan.histories, evaluator, extra.caches)
     return reuse
@@ -144,26 +181,37 @@ def _reuse_layer(
     counts = (None, None) if extra.counts is None else tuple(extra.counts[number])
     orders = CHOICE_ORDERS if isinstance(layer.region, ChoiceRegion) else ORDERS
     order = orders[options.order]
-    return order(evaluator, layer, options, ReuseInputs(extra.caches, *counts), needed)
+    inputs = ReuseInputs(extra.rows, *counts)
+    return order(evaluator, layer, options, inputs, needed)
 
 
 def _install_full(
-    evaluator: Evaluator, layer: LayerPlan, options: Options, caches: dict[str, Tensor] | None
+    evaluator: Evaluator,
+    layer: LayerPlan,
+    options: Options,
+    rows: CachedRows | None,
+    evidence: list[Tensor],
 ) -> None:
-    """Every row is computed; with `caches` every row is also stored."""
+    """Every row is computed; with `rows` every row is also stored."""
     region = layer.region
-    route = compute_all if isinstance(region, ChoiceRegion) else _route_all
-    evaluator.replace(region.routed, lambda: route(evaluator, layer, options, caches))
-    if caches is None:
+    if isinstance(region, ChoiceRegion):
+        evaluator.replace(
+            region.routed, lambda: compute_all(evaluator, layer, options, rows and rows.caches)
+        )
+    else:
+        evaluator.replace(
+            region.routed, lambda: compute_slots(evaluator, layer, options, rows, evidence)
+        )
+    if rows is None:
         return
 
     stores: dict[Node, list[Callable[[Tensor], None]]] = {}
     for attention in layer.attention:
         for cache in (attention.root, *attention.key_value, *attention.own_input):
-            stores.setdefault(cache.root.node, []).append(partial(_fill_rows, caches, cache))
+            stores.setdefault(cache.root.node, []).append(partial(_fill_rows, rows, cache))
     for number, cache in enumerate(layer.shared):
-        norms = [caches[layer.name(n)] for n in layer.shared_norms[number : number + 1]]
-        store = partial(_fill_rows, caches, cache, norms=norms)
+        norms = [rows.caches[layer.name(n)] for n in layer.shared_norms[number : number + 1]]
+        store = partial(_fill_rows, rows, cache, norms=norms)
         stores.setdefault(cache.root.node, []).append(store)
     for node, actions in stores.items():
         evaluator.replace(node, partial(_compute_and_store, evaluator, node, actions))
@@ -180,62 +228,10 @@ def _compute_and_store(
 
 
 def _fill_rows(
-    caches: dict[str, Tensor], cache: RowCache, value: Tensor, norms: Sequence[Tensor] = ()
+    cached: CachedRows, cache: RowCache, value: Tensor, norms: Sequence[Tensor] = ()
 ) -> None:
     """Store all rows of a value, and where asked for their norms [T]."""
     rows = cache.to_rows(value)
-    moeca.cache_fill(caches[cache.name], rows)
+    cached.fill(cache.name, cache.times, rows)
     for norm in norms:
         moeca.cache_fill(norm, rows.float().norm(dim=-1))
-
-
-def _route_all(
-    evaluator: Evaluator, layer: LayerPlan, options: Options, caches: dict[str, Tensor] | None
-) -> None:
-    region = layer.region
-    with set_current_meta(region.routed):
-        ids = evaluator.value(region.ids).reshape(layer.tokens, region.top_k)
-        rows = [evaluator.value(r).reshape(layer.tokens, -1) for r in region.rows]
-        order, groups = sort_branches(ids.reshape(-1), region.num_experts)
-        token = torch.div(order, region.top_k, rounding_mode="floor")
-        out = run_experts(evaluator, region, rows, token, groups)
-        if caches is None:
-            branches = out.index_select(0, torch.argsort(order))
-        else:
-            slot_out = caches[layer.name("slot_out")]
-            moeca.cache_write(slot_out, order, out)
-            if slot_out.dtype == out.dtype:
-                branches = moeca.cache_read(slot_out, layer.branches)
-            else:  # a refresh is exact: it must not read what rounding left of its own rows
-                branches = out.index_select(0, torch.argsort(order))
-            _store_slots(evaluator, layer, options, caches, ids, rows, order, out)
-        evaluator.set(region.routed, branches.reshape(layer.tokens, region.top_k, -1))
-
-
-def _store_slots(
-    evaluator: Evaluator,
-    layer: LayerPlan,
-    options: Options,
-    caches: dict[str, Tensor],
-    ids: Tensor,
-    rows: list[Tensor],
-    order: Tensor,
-    out: Tensor,
-) -> None:
-    def cache(field: str) -> Tensor:
-        return caches[layer.name(field)]
-
-    weights = evaluator.value(layer.region.weights).reshape(ids.shape).float().abs()
-    share = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
-    moeca.cache_fill(cache("slot_ids"), ids)
-    moeca.cache_fill(cache("slot_weight"), share)
-    moeca.cache_write(cache("slot_norm"), order, out.float().norm(dim=-1))
-    spatial, _ = moeca.expert_thresholds(
-        cache("spatial"), ids, options.tau, options.alpha, options.beta
-    )
-    moeca.cache_fill(cache("spatial"), spatial)
-    if layer.tracks_drift:
-        moeca.cache_fill(cache("slot_drift"), torch.zeros_like(share))
-    for field in layer.input_fields:
-        for i, r in enumerate(rows):
-            moeca.cache_fill(cache(f"{field}{i}"), r)

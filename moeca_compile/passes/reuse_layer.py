@@ -9,9 +9,7 @@ Semantics: method step by step in `tests/reference.py`, which judges this file i
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,36 +30,10 @@ from ..graph.streams import WholeRows
 from ..options import Options
 from ..runtime.telemetry import FIELDS
 from .cache_plan import LayerPlan
+from .reuse_inputs import MIN_ROWS, ReuseInputs
 from .run_experts import run_experts
 
 moeca = torch.ops.moeca
-MIN_ROWS = 2  # Inductor specialises sizes 0 and 1: fewer rows are padded, padding is not stored
-
-
-@dataclass(frozen=True)
-class ReuseInputs:
-    """Caches by name, and under a budget how many branches and tokens of each sample to compute.
-
-    Counts are int64 scalars on the CPU: the graph reads them without waiting for a device; or
-    numbers, where CUDA graphs want every size fixed.
-    """
-
-    caches: dict[str, Tensor]
-    branches: Tensor | int | None
-    tokens: Tensor | int | None
-
-
-def allowed_counts(layers: Sequence[LayerPlan], budget: float) -> list[list[int]]:
-    """Per layer the branches of each group and the tokens of each sample that a budget allows.
-
-    At least two: smaller sizes would be specialised.
-    """
-    found = []
-    for layer in layers:
-        samples = layer.region.space.samples
-        sizes = (layer.branches // layer.region.groups, layer.tokens // samples)
-        found.append([max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes])
-    return found
 
 
 @dataclass(frozen=True)
@@ -96,6 +68,7 @@ class ReuseLayer(ABC):
         self.inputs = inputs
         self._outside = needed - layer.roots
         self._counts: dict[str, Any] = {}
+        self.drifted: Tensor | None = None  # [T, K], of branches' inputs, once the guard has run
 
     @abstractmethod
     def install(self) -> None:
@@ -112,7 +85,7 @@ class ReuseLayer(ABC):
         return self.inputs.caches[self.layer.name(field)]
 
     def read(self, cache: RowCache) -> Tensor:
-        rows = moeca.cache_read(self.inputs.caches[cache.name], self.layer.tokens)
+        rows = self.inputs.rows.read(cache.name, cache.times, self.layer.tokens)
         return cache.from_rows(rows)
 
     def refresh_rows(self, caches: tuple[RowCache, ...], rows: TokenRows) -> list[Tensor]:
@@ -120,13 +93,17 @@ class ReuseLayer(ABC):
 
         Returns the new rows of each cache, [R, width].
         """
+        if not caches:
+            return []
         puller = RowPuller(rows.selection, self.evaluator.value, self._outside.__contains__)
+        before = self.inputs.rows.stamp(caches[-1].times, rows.write_index)
         made = []
         for cache in caches:
             root = cache.root
             with set_current_meta(root.node):
                 fresh = cache.to_rows(puller.pull(root.node, root.layout), rows.selection)
-                moeca.cache_write(self.inputs.caches[cache.name], rows.write_index, fresh)
+                earlier = before if cache.times else None
+                self.inputs.rows.write(cache.name, rows.write_index, fresh, earlier)
                 self.evaluator.set(root.node, self.read(cache))
             made.append(fresh)
         return made
@@ -168,27 +145,33 @@ class ReuseLayer(ABC):
         routing: values of the region's `routing`.
         """
         options, shape = self.options, (self.layer.tokens, self.region.top_k)
+        selector = self.layer.selector
         ids, weights = routing[0].reshape(shape), routing[1]
+        alpha = options.alpha if selector.expert_aware else 0.0
         spatial, limits = moeca.expert_thresholds(
-            self.cache("spatial"), ids, options.tau, options.alpha, options.beta
+            self.cache("spatial"), ids, options.tau, alpha, options.beta
         )
         moeca.cache_fill(self.cache("spatial"), spatial)
         slot_weight = self.cache("slot_weight")
         slot_norm = moeca.cache_read(self.cache("slot_norm"), self.layer.branches)
-        drift = torch.zeros_like(slot_weight)
         if input_drift is not None:
-            drift = input_drift.unsqueeze(1) + self.cache("slot_drift")
+            self.drifted = input_drift.unsqueeze(1) + self.cache("slot_drift")
+        evidence = self.drifted if selector.tracks_drift else None
+        if selector.token_score is not None:
+            evidence = selector.token_score(self).unsqueeze(1).expand(shape)
+        if evidence is None:
+            evidence = torch.zeros_like(slot_weight)
         self.computed, self.now, self.slot_weights, self.share, self.matched = moeca.guard_branches(
             ids,
             weights.reshape(shape),
             self.cache("slot_ids"),
             slot_weight,
             slot_norm.reshape(shape),
-            drift,
+            evidence,
             limits,
             self.region.space.samples,
             self.budget(self.inputs.branches, self.layer.branches),
-            options.score,
+            selector.formula,
             options.lambda_drift,
             options.lambda_share,
         )
@@ -233,7 +216,9 @@ class ReuseLayer(ABC):
         out = run_experts(self.evaluator, region, rows, token, groups)
         valid = flat[branch]
         index = torch.where(valid, branch, self.layer.branches)
-        moeca.cache_write(self.cache("slot_out"), index, out)
+        before = self.inputs.rows.stamp(self.layer.slot_times, index)
+        same = self.matched.reshape(-1)[branch]
+        self.inputs.rows.write(self.layer.name("slot_out"), index, out, before, same)
         moeca.cache_write(self.cache("slot_norm"), index, out.float().norm(dim=-1))
         self._update_slots(input_drift)
         if input_drift is not None:
@@ -248,15 +233,23 @@ class ReuseLayer(ABC):
         slot_ids, slot_weight = self.cache("slot_ids"), self.cache("slot_weight")
         moeca.cache_fill(slot_weight, torch.where(moved, self.share, slot_weight))
         moeca.cache_fill(slot_ids, torch.where(self.computed, self.now, slot_ids))
+        self.count_ages(moved.squeeze(1))
         if input_drift is not None:
             older = self.cache("slot_drift") + input_drift.unsqueeze(1) * moved
             moeca.cache_fill(self.cache("slot_drift"), torch.where(self.computed, 0.0, older))
 
+    def count_ages(self, moved: Tensor) -> None:
+        """One more step for the tokens not in `moved [T]`, where anyone asks."""
+        if self.layer.selector.counts_age:
+            ages = self.cache("token_age")
+            moeca.cache_fill(ages, torch.where(moved, 0.0, ages + 1))
+
     def combine(self) -> None:
         """The combine as written, on slot order: it sums over the slots, their order is free."""
         region = self.region
-        slots = moeca.cache_read(self.cache("slot_out"), self.layer.branches)
-        slots = slots.to(region.routed.meta["val"].dtype)
+        slots = self.inputs.rows.read(
+            self.layer.name("slot_out"), self.layer.slot_times, self.layer.branches
+        ).to(region.routed.meta["val"].dtype)
         changed = {
             region.routed: slots.reshape(*self.computed.shape, -1),
             region.weights: self.slot_weights.reshape(region.weights.meta["val"].shape),

@@ -15,7 +15,8 @@ from torch.fx import Node
 from torch.fx.traceback import set_current_meta
 
 from ..graph.dataflow import ancestors, descendants
-from .reuse_layer import MIN_ROWS, ReuseLayer, TokenRows
+from .reuse_inputs import MIN_ROWS
+from .reuse_layer import ReuseLayer, TokenRows
 
 
 class RouterFirst(ReuseLayer):

@@ -13,6 +13,7 @@ from moeca_compile.policies.output_forecast import OutputForecastPolicy
 from moeca_compile.policies.protocol import Policy
 from moeca_compile.policies.taylorseer import ForaPolicy, TaylorSeerPolicy
 from moeca_compile.policies.teacache import TeaCachePolicy
+from moeca_compile.policies.toca import TocaPolicy
 
 POLICIES: dict[str, type[Policy]] = {
     "auto": AutoPolicy,
@@ -21,6 +22,7 @@ POLICIES: dict[str, type[Policy]] = {
     "taylorseer": TaylorSeerPolicy,
     "output_forecast": OutputForecastPolicy,
     "teacache": TeaCachePolicy,
+    "toca": TocaPolicy,
     "duca": DucaPolicy,
 }
 

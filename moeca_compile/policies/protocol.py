@@ -1,9 +1,10 @@
 """What a policy is asked, and what it may answer.
 
     stores(options)   what a refresh keeps for it: rows, layer outputs, model outputs
+    selector(options) how a reuse step ranks rows
     choose(step, age) -> Decision("skip", "policy")      one of the variants of a step
     mix(step, kind)   -> (1.5, -0.5)                     numbers the variant's graph takes
-    measured(lane, numbers)                              what the last refresh's graph found
+    measured(lane, numbers)                              what the last step's graph found
 
 A policy is only asked when rows may be read at all; it can ask for an earlier refresh, never for
 one later than `interval`: the controller owns the contracts "fresh" and "bounded". A policy holds
@@ -41,12 +42,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Stored:
-    """What is kept between steps. rows: of tokens and branches, for "reuse". layers: outputs of
-    attention and experts at that many refreshes, for "forecast". outputs: outputs of the model,
-    and samples, at that many refreshes, for "skip". input: of the first layer, at the last step.
+    """What is kept between steps. rows: of tokens and branches, for "reuse". slopes: of these rows,
+    which are then extrapolated. evidence: whether steps that compute rows say how wrong reuse
+    gets. layers: outputs of attention and experts at that many refreshes, for "forecast". outputs:
+    outputs of the model, and samples, at that many refreshes, for "skip". input: of the first
+    layer, at the last step.
     """
 
     rows: bool = False
+    slopes: bool = False
+    evidence: bool = False
     layers: int = 0
     outputs: int = 0
     input: bool = False
@@ -57,9 +62,11 @@ class Policy:
 
     interval: calls from one refresh to the next at the latest. available: variants that the model
     has caches for. probes: whether each step's first input is measured before it is chosen.
+    max_order: largest `forecast_order` it can be asked for.
     """
 
     probes = False
+    max_order = 2  # of `forecast_order`
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -71,6 +78,11 @@ class Policy:
         """What its variants read; decides which caches a lane gets."""
         return Stored(rows=True)
 
+    @classmethod
+    def selector(cls, options: Options) -> str:
+        """How reuse steps rank rows: a name in passes/selectors.py."""
+        return options.score
+
     def choose(self, step: StepInfo, age: int) -> Decision:
         """The variant of `step`, with rows last refreshed `age + 1` calls ago."""
         raise NotImplementedError
@@ -80,7 +92,8 @@ class Policy:
         return ()
 
     def measured(self, lane: int, numbers: Sequence[float]) -> None:
-        """What the graph of the lane's last refresh found, read on the host one call later."""
+        """What the graph of the lane's last step found, read on the host one call later: inner
+        products where outputs are stored (refreshes), evidence where that is."""
 
     def probed(self, lane: int, numbers: Sequence[float]) -> None:
         """Relative change of the first layer's input since the lane's last call."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..lowering.variants import Variants
 from ..options import Options
-from ..passes.reuse_layer import allowed_counts
+from ..passes.reuse_inputs import allowed_counts
 from ..policies.protocol import Decision
 from .controller import Controller, LaneAges
 from .history import History
@@ -178,18 +178,15 @@ class CompiledEntry:
         if step.new_generation:
             self.store.refill(step.lane, "spatial")
         rows = self._lane_rows(step.lane, decision.kind)
-        mix = self._mix(decision, step)
-        if decision.kind == "reuse":
-            *outputs, counts = variant(*tensors, *rows, *self._counts)
-            return outputs, counts
-        outputs = variant(*tensors, *rows, *mix)
-        if decision.kind == "refresh" and mix:
+        counts = self._counts if decision.kind == "reuse" else []
+        outputs = variant(*tensors, *rows, *counts, *self._mix(decision, step))
+        if self.variants.analysis.plan.measures(decision.kind):
             *outputs, measured = outputs
             self._measured[step.lane] = measured.clone()  # CUDA graphs reuse their outputs' memory
         return self._counted(decision.kind, outputs)
 
     def _counted(self, kind: str, outputs: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None]:
-        """What a full step returned, without the counts behind it where there are any."""
+        """What a step returned, without the counts behind it where there are any."""
         if kind not in self.variants.analysis.plan.counted:
             return outputs, None
         *outputs, counts = outputs
@@ -204,7 +201,7 @@ class CompiledEntry:
         return [torch.tensor(mix, dtype=torch.float32, device=self.variants.analysis.plan.device)]
 
     def _measure(self, step: StepInfo, tensors: list[Tensor]) -> None:
-        """Tell the policy what the lane's last refresh found; one small read of the device."""
+        """Tell the policy what the lane's last step found; one small read of the device."""
         policy = self.controller.policy
         measured = self._measured.pop(step.lane, None)
         if measured is not None and not step.fresh:

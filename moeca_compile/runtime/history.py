@@ -116,7 +116,8 @@ class History:
         options = self.options
         # The step has updated the statistic already; beta = 1 reads it as it is.
         unchosen = spatial.new_zeros(spatial.t().shape, dtype=torch.bool)
-        _, limits = chosen_thresholds(spatial, unchosen, options.tau, options.alpha, 1.0)
+        alpha = options.alpha if layer.selector.expert_aware else 0.0
+        _, limits = chosen_thresholds(spatial, unchosen, options.tau, alpha, 1.0)
         p = spatial / spatial.sum(1, keepdim=True).clamp(min=EPS)
         entropy = -(p * p.clamp(min=EPS).log()).sum(1)
         norm = rows[layer.name("slot_norm")]

@@ -29,7 +29,7 @@ CASES = [
 RULES = [
     {"score": "input_drift", "budget": None},
     {"score": "moeca", "budget": 0.5},
-    {"score": "input_drift", "budget": 0.15},
+    {"score": "input_drift", "budget": 0.15, "forecast_order": 1},
     {"score": "moeca", "budget": None},
     {"score": "input_drift", "budget": 0.4, "order": "attention_first"},
     {"score": "input_drift", "budget": 0.03},
@@ -65,7 +65,7 @@ def test_reuse_equals_the_reference(
     use_graph_level(monkeypatch)
     idiom, expert, shared, attention = case
     model, calls = build(idiom, 5, depth, expert=expert, shared=shared, attention=attention)
-    options = {"interval": 4, **rule}
+    options = {"policy": "moeca", "interval": 4, **rule}
     reference = ChoiceReference(model, Options(**options), pooled=idiom == "I7")
     compiled = compile_model(model, calls[0], **options)
     kinds, seen = [], Counter()

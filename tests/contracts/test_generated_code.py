@@ -17,15 +17,25 @@ from idioms import make, trajectory
 TOKENS = 32  # 2 samples x 16
 
 
+EXTRAPOLATED = {"order": "router_first", "forecast_order": 1, "tolerance": 1.0, "max_interval": 4}
+
+
 @pytest.fixture(
-    scope="module", params=["router_first", pytest.param("attention_first", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        {"order": "router_first"},
+        pytest.param({"order": "attention_first"}, marks=pytest.mark.slow),
+        pytest.param(EXTRAPOLATED, marks=pytest.mark.slow),
+    ],
+    ids=["router_first", "attention_first", "extrapolated"],
 )
 def reuse_code(request: pytest.FixtureRequest) -> tuple[str, dict[str, tuple[int, ...]]]:
     """(the `call` function Inductor generates for a reuse step, shapes of the row caches)."""
     torch._dynamo.reset()
     model = make("split", attention="sdpa", dim=32, depth=1, tokens=16, expert="swiglu")
     calls = trajectory(model, 2, dx=0.05)
-    compiled = compile_model(model, calls[0], interval=4, budget=0.25, order=request.param)
+    options = {"policy": "moeca", "interval": 4, "budget": 0.25, **request.param}
+    compiled = compile_model(model, calls[0], **options)
     # Without its caches Inductor generates; run_and_get_code starts with a Dynamo reset.
     no_graph_cache = torch._inductor.config.patch(fx_graph_cache=False)
     no_autograd_cache = torch._functorch.config.patch(enable_autograd_cache=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from graph_runs import compile_model, use_graph_level, watched_call
 from idioms import make, trajectory
@@ -77,6 +78,80 @@ def test_reuse_equals_the_reference(
         error = (step.output.double() - judge.output).norm() / judge.output.norm()
         assert error <= 1e-5
     assert kinds == ["refresh", "reuse", "reuse", "reuse", "refresh"]
+
+
+LINES = [
+    # case, rule, order, forecast order
+    (CASES[0], {"budget": 0.15}, "router_first"),
+    (CASES[3], {"score": "moeca"}, "router_first"),
+    (CASES[5], {"budget": 0.5}, "attention_first"),
+    (CASES[10], {}, "router_first"),
+]
+
+
+@pytest.mark.parametrize(("case", "rule", "order"), LINES, ids=["split", "I1", "I8", "I4"])
+def test_extrapolated_rows_equal_the_reference(
+    graph_level: None, case: tuple, rule: dict, order: str
+) -> None:
+    """Through a second refresh: slopes of refreshes, of reuse steps, none where experts changed."""
+    model = _model(case)
+    calls = trajectory(model, 7, dx=0.05)
+    options = {"interval": 4, "forecast_order": 1, "order": order, "policy": "moeca", **rule}
+    reference = Reference(model, Options(**options))
+    held = Reference(model, Options(**{**options, "forecast_order": 0}))
+    compiled = compile_model(model, calls[0], **options)
+    apart = 0.0
+    for index, call in enumerate(calls):
+        step = watched_call(compiled, *call)
+        refresh = index % 4 == 0
+        assert step.kind == ("refresh" if refresh else "reuse")
+        forced = [Forced(*sets) for sets in zip(step.pairs, step.attended, step.shared)]
+        judge = reference.step(*call, refresh=refresh, forced=None if refresh else forced)
+        other = held.step(*call, refresh=refresh)
+        if not refresh:
+            assert judge.disputed == [set()] * len(step.pairs)
+        error = (step.output.double() - judge.output).norm() / judge.output.norm()
+        assert error <= 1e-5
+        apart = max(apart, float((other.output - judge.output).norm() / judge.output.norm()))
+    assert apart > 1e-3, "holding would have done as well"
+
+
+@pytest.mark.parametrize(
+    ("policy", "case", "rule"),
+    [
+        ("toca", CASES[0], {"budget": 0.3}),
+        ("toca", CASES[3], {"tau": 0.9}),
+        ("toca", CASES[5], {"budget": 0.3, "order": "attention_first", "forecast_order": 1}),
+        ("duca", CASES[2], {"budget": 0.3}),
+    ],
+)
+def test_token_wise_policies_equal_the_reference(
+    graph_level: None, policy: str, case: tuple, rule: dict
+) -> None:
+    """Steps that hold whole layers (duca) change no row and are none of this reference's."""
+    model = _model(case)
+    calls = trajectory(model, 6, dx=0.05)
+    options = {"policy": policy, "interval": 5, **rule}
+    reference = Reference(model, Options(**options))
+    compiled = compile_model(model, calls[0], **options)
+    computed = 0
+    for index, call in enumerate(calls):
+        held = policy == "duca" and index % 5 in (1, 3)
+        if held:
+            with torch.no_grad():
+                compiled(*call)
+            continue
+        step = watched_call(compiled, *call)
+        refresh = index % 5 == 0
+        assert step.kind == ("refresh" if refresh else "reuse")
+        forced = [Forced(*sets) for sets in zip(step.pairs, step.attended, step.shared)]
+        judge = reference.step(*call, refresh=refresh, forced=None if refresh else forced)
+        if not refresh:
+            assert judge.disputed == [set()] * len(step.pairs)
+            computed += sum(len(pairs) for pairs in step.pairs)
+        error = (step.output.double() - judge.output).norm() / judge.output.norm()
+        assert error <= 1e-5
+    assert computed > 0
 
 
 @pytest.mark.parametrize(

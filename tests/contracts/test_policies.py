@@ -19,8 +19,13 @@ from reference_forecast import ForecastReference, polynomial
 
 KINDS = ("refresh", "reuse", "forecast", "skip", "plain")
 # what makes every policy leave the beaten track within a few steps of the tiny models
-FEW = ("auto", "moeca", "taylorseer")
-EVERY = [pytest.param(p, marks=() if p in FEW else pytest.mark.slow) for p in sorted(POLICIES)]
+FEW = ("auto", "moeca", "moeca extrapolated and steered", "taylorseer")
+STEERED = {"forecast_order": 1, "tolerance": 10.0, "max_interval": 3}
+VARIANTS = {"moeca extrapolated and steered": {"policy": "moeca", **STEERED}}
+EVERY = [
+    pytest.param(p, marks=() if p in FEW else pytest.mark.slow)
+    for p in (*sorted(POLICIES), *VARIANTS)
+]
 EAGER = {"auto": {"tolerance": 10.0}, "teacache": {"tolerance": 10.0}}
 
 
@@ -54,14 +59,15 @@ def generate(compiled: Any, calls: list[Any]) -> list[tuple[Tensor, str]]:
 
 
 def options_of(policy: str, **more: Any) -> dict[str, Any]:
-    return {"policy": policy, "interval": 3, "max_interval": 3, **EAGER.get(policy, {}), **more}
+    given = VARIANTS.get(policy, {"policy": policy, **EAGER.get(policy, {})})
+    return {"interval": 3, "max_interval": 3, **given, **more}
 
 
 @pytest.mark.parametrize("policy", EVERY)
 def test_interval_one_is_the_model(graph_level: None, policy: str) -> None:
     model = make("I1", depth=1)
     calls = trajectory(model, 3)
-    compiled = compile_model(model, calls[0], policy=policy, interval=1)
+    compiled = compile_model(model, calls[0], **options_of(policy, interval=1))
     for call in calls:
         output, kind = kind_of(compiled, *call)
         assert kind == "plain"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..api import stats
+from ..api import generation, stats
 from ..calibration.measure import graph_key
 from ..capture import prepare
 from ..errors import MoecaError
@@ -128,7 +128,10 @@ class Engine:
         made, compiled = self._prepared(sampler, steps, key, options)
 
         def once(seed: int) -> Generation:
-            with REGISTRY.attached(compiled, lambda entry: entry.steer(options)):
+            # The run knows where a generation begins: steps of a sampler that adds much noise need
+            # not prove that they continue one.
+            steered = REGISTRY.attached(compiled, lambda entry: entry.steer(options))
+            with steered, generation(compiled):
                 one = _generate(made, compiled, sampler, steps, seed, self.run)
             return replace(one, stats=stats(compiled))
 

@@ -1,18 +1,28 @@
-"""The default: whole steps are forecast where that holds, layers where the sampler adds noise.
+"""The default: the model's output is forecast; what a sampler's noise undoes, layers are held for.
 
-    ODE sampler          refresh skip skip refresh ...      output forecast, corrected
-    stochastic sampler   refresh forecast refresh ...       layers held, embedding and norms fresh
+    ODE                  refresh skip skip refresh ...           linear forecast, error bound
+    a little noise       refresh skip skip refresh ...           output held, every N calls
+    much noise           refresh forecast forecast refresh ...   layers held (FORA), every N calls
+    few, large steps     refresh refresh refresh ...
 
-Which of the two a sampler is shows in its own moves: along an ODE one move of the sample points
-where the last one did (cosine near 1), noise turns it (near 0). Measured on the trained models of
-`examples/`, docs/quality.md has the figures and where another policy does better.
+Which one it is shows at every refresh. Along an ODE one move of the sample points where the last
+one did (cosine near 1), noise turns it (near 0). Under noise the output follows each step's noise,
+so its slope says nothing and its error does not tell how far a forecast may go: the interval is
+fixed by the tolerance. What the held output missed grew as a random walk from one refresh to the
+next; half-way it is half known afterwards (a Brownian bridge), and the corrector of
+`output_forecast` pays it back. Where the first noisy step moves the output by more than MAX_HELD,
+a held output misses too much of the sample; layers are held instead, they see each sample.
+Measured on the trained models of `examples/`; docs/quality.md has the figures.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeca_compile.policies.output_forecast import LaneForecast, OutputForecastPolicy
+from moeca_compile.policies.predictors import Gram
 from moeca_compile.policies.protocol import Decision, Kind, Stored
 
 if TYPE_CHECKING:
@@ -20,10 +30,13 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.session import StepInfo
 
 TOLERANCE = 0.08  # of the output's relative forecast error, where the options give none
+NOISY_GAP = 11.0  # calls from refresh to refresh under noise, times the root of the tolerance
+MAX_HELD = 0.5  # relative change of the output in the first noisy step up to which it is held
+MAX_WIDTH = 0.05  # of a noisy step, over the highest noise level: wider steps are all computed
 
 
 class AutoPolicy(OutputForecastPolicy):
-    """Output forecasts under an error bound; under noise, layer outputs held as in FORA."""
+    """Output forecasts under an error bound; held outputs or layers under noise."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -36,12 +49,45 @@ class AutoPolicy(OutputForecastPolicy):
         return Stored(layers=1, outputs=super().stores(options).outputs)
 
     def between(self, lane: LaneForecast) -> Decision:
-        """Skip along an ODE; forecast layers, where there are any, under noise."""
-        if lane.noisy and "forecast" in self.available:
+        """Skip along an ODE and under a little noise; hold layers, where there are any, else."""
+        if not lane.noisy or lane.held_change <= MAX_HELD:
+            return Decision("skip", "policy")
+        if "forecast" in self.available:
             return Decision("forecast", "noisy_sampler")
-        return Decision("skip", "policy")
+        return Decision("refresh", "noisy_sampler")
 
     def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
         """As `output_forecast`; held layers take the weight 1."""
         found = super().mix(step, kind)
         return (1.0,) if kind == "forecast" else found
+
+    def measured(self, lane: int, numbers: Sequence[float]) -> None:
+        """As `output_forecast`; under noise the gap does not follow the error."""
+        super().measured(lane, numbers)
+        state, gram = self._lane(lane), Gram(self._depth, tuple(numbers))
+        if not state.noisy:
+            return
+        if self.options.prediction == "auto":
+            state.chosen = None  # what fits noise best is biased where the image is made
+        if math.isinf(state.held_change):
+            # a random walk grows with the root of its steps
+            state.held_change = gram.change() / math.sqrt(state.span)
+        state.gap = self._noisy_gap() if _steps_are_small(state) else 1.0
+
+    def order_in(self, lane: LaneForecast) -> int:
+        """A slope between two noisy outputs is noise: they are held."""
+        return 0 if lane.noisy else self.order
+
+    def corrects(self, lane: LaneForecast) -> bool:
+        """Under noise, too."""
+        return lane.noisy is not None
+
+    def _noisy_gap(self) -> float:
+        assert self.tolerance is not None
+        wanted = max(2.0, NOISY_GAP * math.sqrt(self.tolerance))
+        return min(wanted, float(self.interval))
+
+
+def _steps_are_small(lane: LaneForecast) -> bool:
+    newest, before = lane.trail.times[:2]
+    return abs(newest - before) <= MAX_WIDTH * lane.span * lane.highest

@@ -12,7 +12,10 @@ too, by interpolation. What the sampler was handed wrongly, sum_i dt_i (v_i - us
 the output of the refresh, divided by its own step: the sampler then is where it would have been,
 up to second order, as with the corrector of a multistep method (ibid., III.1). It holds for
 samplers that step along the output (Euler, DDIM and their like) and is left out where the sampler
-adds noise, evaluates a step twice, or changes its step width by more than MAX_STEP_RATIO.
+adds noise or changes its step width by more than MAX_STEP_RATIO.
+
+Heun's method evaluates a timestep twice, each time for half a step: the second output at a
+timestep is that of the first but for the error of one Euler step, so it is never computed anew.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from moeca_compile.policies.predictors import PREDICTIONS, Gram, Predictor, make
 from moeca_compile.policies.protocol import Decision, Kind, Policy, Stored
 from moeca_compile.policies.taylorseer import abscissa
 from moeca_compile.policies.trail import Trail
+from moeca_compile.runtime.session import SAME_STEP
 
 if TYPE_CHECKING:
     from moeca_compile.options import Options
@@ -44,6 +48,7 @@ class LaneForecast:
 
     trail: Trail
     refreshes: int = 0
+    span: int = 1  # calls from the last refresh but one to the last
     gap: float = 1.0
     calls: int = 0  # since the last refresh
     skipped: list[tuple[float, Predictor]] = field(default_factory=list)
@@ -51,8 +56,10 @@ class LaneForecast:
     chosen: tuple[str, int] | None = None
     error: float = math.nan
     gain: float = 0.0
+    held_change: float = math.inf  # of the output in one step, when noise was recognised
+    highest: float = 0.0  # timestep
+    before: float = math.inf  # timestep of the last call
     noisy: bool | None = None  # whether the sampler adds noise; None: not known yet
-    repeats: bool = False  # a timestep was evaluated twice
 
 
 class OutputForecastPolicy(Policy):
@@ -78,13 +85,25 @@ class OutputForecastPolicy(Policy):
     def choose(self, step: StepInfo, age: int) -> Decision:
         """Skip while the gap lasts and there are refreshes enough for the order."""
         lane = self._lane(step.lane)
+        if step.reason == SAME_STEP and lane.refreshes and not (lane.calls or lane.noisy):
+            return Decision("skip", "same_timestep")
         if lane.refreshes < self._needed:
             return Decision("refresh", "history")
+        if _ends(lane, abscissa(step)):
+            return Decision("refresh", "last_step")
         if lane.calls + 1 >= round(lane.gap):
             return Decision("refresh", "error_bound" if self.tolerance is not None else "interval")
         if self._predictor(lane, abscissa(step)) is None:
             return Decision("refresh", "no_forecast")
         return self.between(lane)
+
+    def order_in(self, lane: LaneForecast) -> int:
+        """Of the extrapolating polynomial."""
+        return self.order
+
+    def corrects(self, lane: LaneForecast) -> bool:
+        """Whether a refresh makes up for the skipped steps; not before it is known that it may."""
+        return lane.noisy is False
 
     def between(self, lane: LaneForecast) -> Decision:
         """The variant of a step between two refreshes."""
@@ -94,7 +113,7 @@ class OutputForecastPolicy(Policy):
         """refresh: corrector [1 + outputs], of the new output and the stored ones.
         skip: predictor [2 * outputs + 1], see `Predictor.mix`."""
         lane, now = self._lane(step.lane), abscissa(step)
-        lane.repeats |= step.reason == "same_step"
+        lane.before = now
         if kind != "refresh":
             return self._advance(lane, now, kind)
         corrected = self._correction(lane, now)
@@ -102,8 +121,9 @@ class OutputForecastPolicy(Policy):
         if self.tolerance is None:
             lane.gap = float(self.options.interval)
         lane.trail.add(now)
+        lane.highest = max(lane.highest, abs(now))
         lane.refreshes += 1
-        lane.calls = 0
+        lane.span, lane.calls = lane.calls + 1, 0
         lane.skipped.clear()
         return corrected
 
@@ -157,9 +177,10 @@ class OutputForecastPolicy(Policy):
 
     def _candidates(self, lane: LaneForecast, now: float) -> dict[tuple[str, int], Predictor]:
         found = {}
-        lowest = 0 if self.options.prediction == "auto" else self.order
+        highest = self.order_in(lane)
+        lowest = 0 if self.options.prediction == "auto" else highest
         for kind in self._kinds():
-            for order in range(lowest, self.order + 1):
+            for order in range(lowest, highest + 1):
                 made = make_predictor(kind, order, lane.trail, now, self._depth, lane.gain)
                 if made is not None:
                     found[kind, order] = made
@@ -167,25 +188,26 @@ class OutputForecastPolicy(Policy):
 
     def _predictor(self, lane: LaneForecast, now: float) -> Predictor | None:
         kind, order = lane.chosen or (self._kinds()[0], self.order)
+        order = min(order, self.order_in(lane))
         return make_predictor(kind, order, lane.trail, now, self._depth, lane.gain)
 
     def _advance(self, lane: LaneForecast, now: float, kind: Kind) -> tuple[float, ...]:
         lane.calls += 1
         predictor = self._predictor(lane, now)
         assert predictor is not None
-        lane.skipped.append((now, predictor))
+        if kind == "skip":
+            lane.skipped.append((now, predictor))
         return predictor.mix
 
     def _correction(self, lane: LaneForecast, now: float) -> tuple[float, ...]:
         """k with output + k_0 output + sum_j k_j o_j corrected; zeros where it does not hold."""
         nothing = (0.0,) * (self._depth + 1)
-        applies = self.options.corrector and lane.noisy is False and not lane.repeats
+        applies = self.options.corrector and self.corrects(lane)
         if not applies or not lane.skipped or not lane.trail.times:
             return nothing
         if any(each.kind != "output" for _, each in lane.skipped):
             return nothing
-        times = [time for time, _ in lane.skipped]
-        widths = [after - before for before, after in zip(times, [*times[1:], now])]
+        widths = _widths([lane.trail.times[0], *(time for time, _ in lane.skipped), now])
         if not widths[-1] or any(not _alike(width, widths[-1]) for width in widths):
             return nothing
         result = [0.0] * (self._depth + 1)
@@ -197,6 +219,20 @@ class OutputForecastPolicy(Policy):
             for j, weight in enumerate(used.outputs):
                 result[1 + j] -= share * weight
         return tuple(result)
+
+
+def _ends(lane: LaneForecast, now: float) -> bool:
+    """Whether a falling schedule reaches zero with this step: nothing after it makes up for what
+    is owed by then."""
+    width = lane.before - now
+    return 0.0 < width < math.inf and now - width < width / 2
+
+
+def _widths(times: list[float]) -> list[float]:
+    """How far the sampler steps along each output but the first and the last one. The second of two
+    at one timestep belongs to the step that led there (Heun: half of it, as does the first)."""
+    triples = zip(times, times[1:], times[2:])
+    return [after - time or time - before for before, time, after in triples]
 
 
 def _alike(width: float, last: float) -> bool:

@@ -102,6 +102,16 @@ class Gram:
         squared = self.at(0, 0) + 2 * self.at(0, 1) + self.at(1, 1)
         return math.sqrt(max(squared, 0.0))
 
+    def change(self) -> float:
+        """|new - o_0| / |new|: of the output since the last refresh; infinite where unknown."""
+        return _ratio(self.at(0, 0), self.output_norm)
+
+    def move(self) -> float:
+        """|x - x_0| / |new|: of the sample since the last refresh; infinite where unknown."""
+        if not self.has_samples:
+            return math.inf
+        return _ratio(self.at(self.depth + 1, self.depth + 1), self.output_norm)
+
     def error(self, predictor: Predictor) -> float:
         """|new - prediction| / |new|; infinite where the numbers say nothing (NaN, no sample)."""
         if predictor.kind != "output" and not self.has_samples:
@@ -130,3 +140,7 @@ class Gram:
         move = self.depth + 1
         product = self.at(move, move) * self.at(move + 1, move + 1)
         return self.at(move, move + 1) / math.sqrt(product) if product > 0.0 else math.nan
+
+
+def _ratio(squared: float, norm: float) -> float:
+    return math.sqrt(squared) / norm if norm > 0.0 and 0.0 <= squared < math.inf else math.inf

@@ -1,0 +1,184 @@
+"""What the `auto` policy makes of a sampler: ODE, a little noise, much noise, two evaluations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeca_compile.options import Options
+from moeca_compile.policies import find_policy
+from moeca_compile.policies.auto import AutoPolicy
+from moeca_compile.runtime.controller import Controller, LaneAges
+from moeca_compile.runtime.session import StepInfo
+
+ALL = frozenset(("reuse", "forecast", "skip"))
+SIZE = 2000
+
+
+class Sampler:
+    """dx = v dt + noise in one vector [SIZE]; v is what the field gives or the policy says.
+
+    field: v(x, t). A step of the policy is answered as the compiled variants would: `kinds` is what
+    ran, `computed` how often the field was asked.
+    """
+
+    def __init__(self, field, available=ALL, **options) -> None:  # type: ignore[no-untyped-def]
+        self.controller = Controller(Options(policy="auto", **options), available)
+        self.field, self.ages, self.kinds = field, LaneAges(), ""
+        self.outputs: list[Tensor] = []
+        self.samples: list[Tensor] = []
+        self.numbers: list[float] | None = None
+        self.last: float | None = None
+
+    @property
+    def policy(self) -> AutoPolicy:
+        found = self.controller.policy
+        assert isinstance(found, AutoPolicy)
+        return found
+
+    def velocity(self, x: Tensor, t: float) -> Tensor:
+        """One call of the model, as the entry runs it."""
+        first, repeats = not self.kinds, t == self.last
+        reason = "new_lane" if first else "same_step" if repeats else "continues"
+        step = StepInfo(0, 0, len(self.kinds), first, reason, first, t)
+        age, self.last = self.ages.started(0), t
+        if self.numbers is not None:
+            self.policy.measured(0, self.numbers)
+            self.numbers = None
+        kind = self.controller.decide(step, age).kind
+        mix = self.policy.mix(step, kind)
+        self.ages.ran(0, kind, age)
+        self.kinds += kind[0]
+        if kind == "skip":
+            return sum((c * o for c, o in zip(mix, self.outputs)), torch.zeros_like(x))
+        if kind == "forecast":
+            return self.field(x, t)  # layers held: here the exact value will do
+        return self._refresh(x, t, mix)
+
+    def _refresh(self, x: Tensor, t: float, mix: tuple[float, ...]) -> Tensor:
+        new, depth = self.field(x, t), len(mix) - 1
+        old = [*self.outputs, *[torch.zeros_like(x)] * (depth - len(self.outputs))]
+        was = [x, *self.samples, *[torch.zeros_like(x)] * (depth - len(self.samples))]
+        basis = [new - old[0], old[0], *(a - b for a, b in zip(old, old[1:]))]
+        stacked = torch.stack([*basis, *(a - b for a, b in zip(was, was[1:]))])
+        self.numbers = (stacked @ stacked.t()).reshape(-1).tolist()
+        self.outputs, self.samples = [new, *self.outputs][:depth], [x, *self.samples][:depth]
+        return new + mix[0] * new + sum(k * o for k, o in zip(mix[1:], old))
+
+    def run(self, steps: int, noise: float = 0.0, heun: bool = False) -> Tensor:
+        """x at t = 0."""
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda: torch.randn(SIZE, generator=generator, dtype=torch.float64)  # noqa: E731
+        x = draw()
+        for i in range(steps):
+            t, after = 1 - i / steps, 1 - (i + 1) / steps
+            v = self.velocity(x, t)
+            if heun and i + 1 < steps:
+                v = (v + self.velocity(x - (t - after) * v, after)) / 2
+            x = x - (t - after) * v + noise * draw()
+        return x
+
+
+def exact(field, **how) -> Tensor:  # type: ignore[no-untyped-def]
+    sampler = Sampler(field, interval=1)
+    sampler.velocity = field  # type: ignore[method-assign]
+    return sampler.run(**how)
+
+
+def follows(x: Tensor, t: float) -> Tensor:
+    """A velocity that follows the sample, hence its noise, and drifts."""
+    return 0.6 * x + torch.linspace(-1, 1, SIZE, dtype=torch.float64) * math.cos(3 * t)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_little_noise_holds_the_output_at_equal_intervals() -> None:
+    sampler = Sampler(follows)
+    sampler.run(40, noise=0.05)
+    assert sampler.kinds == "rrr" + "ssr" * 12 + "r"
+
+
+@pytest.mark.parametrize(("tolerance", "gap"), [(0.04, 2), (0.14, 4), (0.3, 5)])
+def test_the_tolerance_sets_the_interval_under_noise(tolerance: float, gap: int) -> None:
+    sampler = Sampler(follows, tolerance=tolerance)
+    sampler.run(60, noise=0.05)
+    pattern = "s" * (gap - 1) + "r"
+    assert pattern * 5 in sampler.kinds and pattern + "s" * gap not in sampler.kinds
+
+
+def test_the_corrector_pays_back_what_a_held_output_missed_under_noise() -> None:
+    """The residue of a Brownian bridge is half the walk's or less; 0.75 leaves room."""
+    expected = exact(follows, steps=61, noise=0.05)
+    found = [Sampler(follows, corrector=c).run(61, noise=0.05) for c in (True, False)]
+    corrected, plain = (error(each, expected) for each in found)
+    assert plain > 1e-3
+    assert corrected < 0.75 * plain
+
+
+def test_much_noise_holds_layers() -> None:
+    sampler = Sampler(lambda x, t: x)
+    sampler.run(40, noise=2.0)
+    assert "f" in sampler.kinds and "s" not in sampler.kinds
+
+
+def test_much_noise_without_layers_to_hold_computes() -> None:
+    sampler = Sampler(lambda x, t: x, available=frozenset(("skip",)))
+    sampler.run(40, noise=2.0)
+    assert set(sampler.kinds) == {"r"}
+
+
+def test_few_noisy_steps_are_all_computed() -> None:
+    sampler = Sampler(follows)
+    sampler.run(8, noise=0.05)
+    assert set(sampler.kinds) == {"r"}
+
+
+def test_few_steps_of_a_curved_ode_are_all_computed() -> None:
+    """The last step too: its predecessors' errors exceed the bound."""
+    sampler = Sampler(lambda x, t: torch.sin(20 * t + 3 * x))
+    sampler.run(7)
+    assert set(sampler.kinds) == {"r"}
+
+
+def test_the_last_step_is_computed() -> None:
+    sampler = Sampler(follows, tolerance=1.0)
+    sampler.run(50)
+    assert "ssss" in sampler.kinds and sampler.kinds.endswith("r")
+
+
+def test_the_second_output_at_a_timestep_is_the_first() -> None:
+    sampler = Sampler(follows, tolerance=1e-9)
+    found = sampler.run(25, heun=True)
+    assert sampler.kinds == "rr" + "sr" * 23 + "s"
+    assert error(found, exact(follows, steps=25, heun=True)) < 2e-3
+
+
+def test_heun_is_corrected() -> None:
+    """Both evaluations count half a step, whichever of them a refresh is."""
+    expected = exact(follows, steps=25, heun=True)
+    errors = {}
+    for corrector in (True, False):
+        sampler = Sampler(follows, tolerance=0.05, corrector=corrector)
+        errors[corrector] = error(sampler.run(25, heun=True), expected)
+        assert sampler.kinds.count("r") < 20
+    assert errors[True] < 0.7 * errors[False]
+
+
+def test_a_model_without_a_timestep_refreshes() -> None:
+    """The session cannot place its calls: each is fresh."""
+    controller = Controller(Options(), ALL)
+    step = StepInfo(0, 0, 3, True, "timestep_unknown", False, None)
+    assert [controller.decide(step, age).kind for age in (None, 0, 1)] == ["refresh"] * 3
+
+
+def test_two_lanes_are_judged_apart() -> None:
+    policy = find_policy("auto")(Options())
+    for lane, noisy in ((0, True), (1, False)):
+        policy._lane(lane).noisy = noisy  # type: ignore[attr-defined]
+    orders = [policy.order_in(policy._lane(lane)) for lane in (0, 1)]  # type: ignore[attr-defined]
+    assert orders == [0, 1]

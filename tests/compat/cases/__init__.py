@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from compat.case import Case
-from compat.cases import hidream, nucleus, public_repositories, transformers_blocks
+from compat.cases import hidream, hunyuan, nucleus, public_repositories, transformers_blocks
 
 CASES: list[Case] = [
     *hidream.CASES,
     *nucleus.CASES,
     *transformers_blocks.CASES,
     *public_repositories.CASES,
+    *hunyuan.CASES,
 ]

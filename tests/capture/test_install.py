@@ -14,6 +14,7 @@ from capture import models
 from capture.harness import (
     assert_equal,
     capturing,
+    mostly_slow,
     plain,
     reference,
     run_steps,
@@ -96,7 +97,7 @@ def test_training_mode_is_refused() -> None:
     assert "training mode" in report.modules[0].reason
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SortedLoop", "SplitLoop"], 1))
 @pytest.mark.parametrize("mode", ["gradients", "training"])
 def test_replacement_rests_under_gradients_and_in_training(name: str, mode: str) -> None:
     model = model_of(name)
@@ -112,7 +113,7 @@ def test_layers_without_experts_are_not_reported() -> None:
     assert capture(model_of("Dense")).modules == ()
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SortedLoop", "SplitLoop"], 1))
 def test_zero_initialised_and_identical_experts_are_told_apart(name: str) -> None:
     model = model_of(name)
     for layer in model.layers:
@@ -123,7 +124,7 @@ def test_zero_initialised_and_identical_experts_are_told_apart(name: str) -> Non
     assert not any(p.any() for p in model.layers[0].moe.bank[0].down.parameters())
 
 
-@pytest.mark.parametrize("name", METHOD + STATEMENTS)
+@pytest.mark.parametrize("name", mostly_slow(STATEMENTS + METHOD, 3))
 def test_reduced_precision_keeps_the_original_dtypes(name: str) -> None:
     model = model_of(name).bfloat16()
     steps = [tuple(t.bfloat16() for t in inputs(step)) for step in range(2)]
@@ -151,7 +152,7 @@ def test_eager_users_get_the_original_arithmetic() -> None:
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop", "MaskLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SplitLoop", "SortedLoop", "MaskLoop"], 1))
 def test_other_backends_see_the_graphs_they_saw_before(name: str) -> None:
     codes = []
     for captured in (False, True):
@@ -171,7 +172,7 @@ def test_other_backends_see_the_graphs_they_saw_before(name: str) -> None:
     assert len(codes[0]) > 1
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SortedLoop", "SplitLoop"], 1))
 def test_deepcopy_of_an_installed_model_uses_its_own_weights(name: str) -> None:
     model = model_of(name)
     capture(model)
@@ -187,7 +188,7 @@ def test_deepcopy_of_an_installed_model_uses_its_own_weights(name: str) -> None:
     assert capture(model).installed == 3, "the original is independent of its copy"
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SortedLoop", "SplitLoop"], 1))
 def test_an_installed_model_survives_save_and_load(name: str) -> None:
     model = model_of(name)
     expected = model(*inputs())
@@ -200,7 +201,7 @@ def test_an_installed_model_survives_save_and_load(name: str) -> None:
     assert capture(loaded).installed == 3
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SortedLoop", "SplitLoop"], 1))
 def test_instance_wrappers_stay_in_place(name: str) -> None:
     model = model_of(name)
     for layer in model.layers:

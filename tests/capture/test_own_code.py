@@ -54,6 +54,7 @@ def test_installed_forward_is_own_and_goes_away() -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_another_backend_giving_up_on_the_class_does_not_touch_this_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -87,6 +87,7 @@ def test_chosen_attention_kernels(layer: str) -> None:
     assert [m.mechanism for m in others] == ["contexts"] * (2 * (layer == "Attending"))
 
 
+@pytest.mark.slow
 def test_many_layers_that_share_no_compiled_code_hit_no_limit() -> None:
     made = [surroundings.Numbered(models.SortedLoop, number) for number in range(10)]
     model = surroundings.with_layers(make(models.SortedLoop, 1), made)

@@ -16,6 +16,7 @@ from capture import models
 from capture.harness import (
     assert_equal,
     capturing,
+    mostly_slow,
     op_counts,
     plain,
     reference,
@@ -50,7 +51,7 @@ def inside_function(model: nn.Module, backend: Any) -> Callable[..., Tensor]:
     return torch.compile(denoise, backend=backend)
 
 
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("name", mostly_slow(CAPTURED, 4))
 def test_second_call_is_one_graph_and_later_calls_compile_nothing(name: str) -> None:
     model = make(getattr(models, name))
     expected = reference(model, STEPS)
@@ -69,7 +70,7 @@ def test_second_call_is_one_graph_and_later_calls_compile_nothing(name: str) -> 
 
 
 @pytest.mark.parametrize("compile_", [as_module, in_place, bound_forward, inside_function])
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SplitLoop", "SortedLoop"], 1))
 def test_every_way_to_compile_a_model(
     compile_: Callable[[nn.Module, Any], Callable[..., Tensor]], name: str
 ) -> None:
@@ -82,7 +83,7 @@ def test_every_way_to_compile_a_model(
     assert counter.registry.state(model).phase is Phase.CAPTURED
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SplitLoop", "SortedLoop"], 1))
 def test_inference_mode(name: str) -> None:
     model = make(getattr(models, name))
     expected = reference(model, STEPS)
@@ -161,7 +162,7 @@ class BrokenTail(Denoiser):
         return y * (1.0 + float(t[0]))
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SplitLoop", "SortedLoop"], 1))
 def test_a_break_outside_of_all_dispatches_is_tolerated(name: str) -> None:
     model = make(getattr(models, name))
     model.__class__ = BrokenTail
@@ -201,7 +202,7 @@ def test_a_refused_model_is_one_graph_as_written_where_dynamo_can() -> None:
     assert state.report is not None and state.report.installed == 0
 
 
-@pytest.mark.parametrize("name", ["SortedLoop", "SplitLoop"])
+@pytest.mark.parametrize("name", mostly_slow(["SplitLoop", "SortedLoop"], 1))
 def test_gradients_only_postpone_the_analysis(name: str) -> None:
     model = make(getattr(models, name))
     counter, backend = capturing()

@@ -266,6 +266,7 @@ class Sized(nn.Module):
         return self.inner(x, t, y) + level
 
 
+@pytest.mark.slow
 def test_a_number_that_never_repeats_does_not_compile_for_ever(
     plain_graphs: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_no_evidence_where_nobody_steers_by_it(graph_level: None) -> None:
     assert only_entry(compiled)._measured == {}
 
 
+@pytest.mark.slow
 def test_a_tight_tolerance_refreshes_early(graph_level: None) -> None:
     model = make("I1", depth=1)
     calls = trajectory(model, 10, dx=0.05)

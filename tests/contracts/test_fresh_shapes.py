@@ -22,7 +22,9 @@ from moeca_compile.backend import moeca
 from moeca_compile.runtime.registry import REGISTRY
 
 
-@pytest.mark.parametrize("dynamic", [None, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "dynamic", [None, pytest.param(False, marks=pytest.mark.slow)], ids=["dynamic", "static"]
+)
 def test_batch_size_changes_and_comes_back(graph_level: None, dynamic: bool | None) -> None:
     model = make("I1", depth=1, num_experts=4)
     calls = trajectory(model, 8, dx=0.05)
@@ -92,6 +94,7 @@ def test_resolution_changes(graph_level: None) -> None:
                 torch.testing.assert_close(output, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dtype_and_grad_mode_change(graph_level: None) -> None:
     model = make("I8", depth=1, num_experts=4)
     calls = trajectory(model, 8, dx=0.05)
@@ -115,7 +118,7 @@ def test_dtype_and_grad_mode_change(graph_level: None) -> None:
     assert_fresh(run(compiled, *calls[7]), model, *calls[7])
 
 
-@pytest.mark.parametrize("idiom", ["I1", "I8"])
+@pytest.mark.parametrize("idiom", [pytest.param("I1", marks=pytest.mark.slow), "I8"])
 def test_models_of_one_class_keep_their_rows_and_counts(graph_level: None, idiom: str) -> None:
     models = [make(idiom, depth=1, num_experts=4, seed=seed) for seed in (0, 1)]
     models.append(copy.deepcopy(models[0]))

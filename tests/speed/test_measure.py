@@ -75,6 +75,7 @@ def test_a_sampler_is_followed_once_and_copied() -> None:
     assert not made.calls[0][0][0].equal(made.calls[1][0][0]), "written in place, kept apart"
 
 
+@pytest.mark.slow
 def test_both_counters_agree_and_steps_are_named(tmp_path: Path) -> None:
     """Eager arithmetic counted by torch, ours by this package; and what every step was."""
     sizes = Sizes(batch=2, steps=5, depth=1)

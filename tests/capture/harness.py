@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from moeca_compile.capture import RootRegistry, wrap_fragment
 
 
-def mostly_slow(names: Sequence[str], quick: int) -> list[Any]:
+def mostly_slow(names: Sequence[Any], quick: int) -> list[Any]:
     """Parameters of which the first `quick` run every time, the others with the slow tests."""
     slow = [pytest.param(name, marks=pytest.mark.slow) for name in names[quick:]]
     return [*names[:quick], *slow]

@@ -26,7 +26,7 @@ from capture.harness import (
 from capture.models import DIM, EXPERTS, Denoiser, inputs, make
 from moeca_compile.capture import Phase, find_root
 
-CAPTURED = ["SortedLoop", "SlicedSortedLoop", "ConditionedSortedLoop", "SplitLoop", "HitList"]
+CAPTURED = ["SortedLoop", "HitList", "SplitLoop", "SlicedSortedLoop", "ConditionedSortedLoop"]
 CAPTURED += ["HitListBank", "MaskLoop", "AppendLoop"]
 STEPS = [inputs(step) for step in range(5)]
 
@@ -51,7 +51,7 @@ def inside_function(model: nn.Module, backend: Any) -> Callable[..., Tensor]:
     return torch.compile(denoise, backend=backend)
 
 
-@pytest.mark.parametrize("name", mostly_slow(CAPTURED, 4))
+@pytest.mark.parametrize("name", mostly_slow(CAPTURED, 2))
 def test_second_call_is_one_graph_and_later_calls_compile_nothing(name: str) -> None:
     model = make(getattr(models, name))
     expected = reference(model, STEPS)
@@ -69,7 +69,9 @@ def test_second_call_is_one_graph_and_later_calls_compile_nothing(name: str) -> 
     assert state.report is not None and state.report.installed == 3
 
 
-@pytest.mark.parametrize("compile_", [as_module, in_place, bound_forward, inside_function])
+@pytest.mark.parametrize(
+    "compile_", mostly_slow([as_module, bound_forward, in_place, inside_function], 2)
+)
 @pytest.mark.parametrize("name", mostly_slow(["SplitLoop", "SortedLoop"], 1))
 def test_every_way_to_compile_a_model(
     compile_: Callable[[nn.Module, Any], Callable[..., Tensor]], name: str
@@ -118,7 +120,7 @@ class Decorated(Denoiser):
     forward = _logged(Denoiser.forward)
 
 
-@pytest.mark.parametrize("how", ["decorated", "shadowed"])
+@pytest.mark.parametrize("how", mostly_slow(["decorated", "shadowed"], 1))
 def test_wrapped_root_forward(how: str) -> None:
     model = make(models.SortedLoop)
     if how == "decorated":
@@ -189,6 +191,7 @@ def test_a_refused_model_runs_as_fragments() -> None:
     assert state.report is not None and state.report.installed == 0
 
 
+@pytest.mark.slow
 def test_a_refused_model_is_one_graph_as_written_where_dynamo_can() -> None:
     model = make(models.CapacityLoop)
     expected = reference(model, STEPS)
@@ -248,6 +251,7 @@ def test_another_backend_on_a_captured_model_sees_its_own_graphs() -> None:
     assert not any("select_experts" in code for code in seen[1])
 
 
+@pytest.mark.slow
 def test_two_models_of_one_class_are_both_captured() -> None:
     first, second = make(models.SplitLoop), make(models.SplitLoop, seed=1)
     counter, backend = capturing()
@@ -259,6 +263,7 @@ def test_two_models_of_one_class_are_both_captured() -> None:
     assert phases == [Phase.CAPTURED] * 2
 
 
+@pytest.mark.slow
 def test_registry_keeps_no_model_alive() -> None:
     model = make(models.SortedLoop)
     counter, backend = capturing()

@@ -14,7 +14,7 @@ from reference_rows import cached_slots
 from reference_select import relative_drift, token_share
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_evidence_equals_the_reference(graph_level: None, order: int) -> None:
     model = make("I1", depth=1, top_k=2)
     calls = trajectory(model, 7, dx=0.05)

@@ -59,6 +59,7 @@ class AnySize(nn.Module):
         return F.pixel_shuffle(out.unflatten(2, (x.shape[2] // 2, -1)), 2)
 
 
+@pytest.mark.slow
 def test_guidance_with_texts_of_different_length_reuses_in_both(graph_level: None) -> None:
     torch.manual_seed(0)
     model = AnySize().eval()
@@ -118,7 +119,8 @@ def test_dtype_and_grad_mode_change(graph_level: None) -> None:
     assert_fresh(run(compiled, *calls[7]), model, *calls[7])
 
 
-@pytest.mark.parametrize("idiom", [pytest.param("I1", marks=pytest.mark.slow), "I8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("idiom", ["I1", "I8"])
 def test_models_of_one_class_keep_their_rows_and_counts(graph_level: None, idiom: str) -> None:
     models = [make(idiom, depth=1, num_experts=4, seed=seed) for seed in (0, 1)]
     models.append(copy.deepcopy(models[0]))
@@ -181,7 +183,7 @@ def test_dynamo_reset_starts_over(graph_level: None) -> None:
     assert ran.reason == "new_lane"
 
 
-@pytest.mark.parametrize("idiom", ["I1", "I8"])
+@pytest.mark.parametrize("idiom", [pytest.param("I1", marks=pytest.mark.slow), "I8"])
 def test_a_deleted_model_leaves_no_weights_and_no_rows(graph_level: None, idiom: str) -> None:
     model = make(idiom, depth=1, num_experts=4)
     calls = trajectory(model, 3, dx=0.05)

@@ -115,6 +115,9 @@ def _takes_rows(user: Node, index: Node, of: int) -> bool:
         source = found[0]
     elif user.target is aten.gather.default and user.args[2] is index:
         source: Any = user.args[0]
+        dim: Any = user.args[1]
+        if dim in (-1, len(shape_of(source)) - 1):  # elements of each row, as router weights are
+            return False
     else:
         return False
     if source.op == "placeholder" or not source.meta["val"].is_floating_point():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capture.harness import assert_equal, capturing, op_counts, reference, run_steps
+from capture.harness import assert_equal, capturing, mostly_slow, op_counts, reference, run_steps
 from idioms import DISPATCHES, EXPERT_CHOICE, make, trajectory
 from moeca_compile.capture import Phase
 
@@ -18,7 +18,7 @@ MECHANISMS = {
 }
 
 
-@pytest.mark.parametrize("idiom", PYTHON_LOOPS)
+@pytest.mark.parametrize("idiom", mostly_slow(PYTHON_LOOPS, 4))
 def test_one_graph_from_the_second_call_on(idiom: str) -> None:
     model = make(idiom)
     steps = trajectory(model, 4)

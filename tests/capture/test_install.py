@@ -57,7 +57,7 @@ def test_every_layer_is_replaced_by_the_expected_mechanism(name: str) -> None:
     assert all("models.py:" in m.location for m in report.modules)
 
 
-@pytest.mark.parametrize("name", METHOD + STATEMENTS)
+@pytest.mark.parametrize("name", mostly_slow(STATEMENTS + METHOD, 3))
 def test_fullgraph_after_prepare_equals_eager(name: str) -> None:
     model = model_of(name)
     steps = [inputs(step) for step in range(3)]
@@ -219,7 +219,7 @@ def test_instance_wrappers_stay_in_place(name: str) -> None:
     assert torch.equal(model(*inputs()), expected[0])
 
 
-@pytest.mark.parametrize("name", METHOD + STATEMENTS)
+@pytest.mark.parametrize("name", mostly_slow(STATEMENTS + METHOD, 3))
 def test_uninstall_leaves_the_model_as_it_was(name: str) -> None:
     model = model_of(name)
     before = [dict(vars(m)) for m in model.modules()]

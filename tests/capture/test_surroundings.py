@@ -10,7 +10,7 @@ from torch import nn
 
 import moeca_compile
 from capture import models, surroundings
-from capture.harness import assert_equal, capturing, op_counts, reference, run_steps
+from capture.harness import assert_equal, capturing, mostly_slow, op_counts, reference, run_steps
 from capture.models import Denoiser, inputs, make
 from graph_runs import use_graph_level
 from moeca_compile.capture import Phase, compiling_for_moeca, install
@@ -44,7 +44,10 @@ def captured(model: nn.Module) -> tuple[list[int], list[ModuleCapture], str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["CompiledDispatch", "CompiledHelper", "AutocastRouter", "ItemIndexed", "InlineBranch"]
+    "name",
+    mostly_slow(
+        ["CompiledDispatch", "InlineBranch", "CompiledHelper", "AutocastRouter", "ItemIndexed"], 2
+    ),
 )
 def test_one_graph_from_the_second_call_on(name: str) -> None:
     added, others, _ = captured(make(getattr(surroundings, name), 2))
@@ -52,7 +55,9 @@ def test_one_graph_from_the_second_call_on(name: str) -> None:
     assert all(m.accepted for m in others)
 
 
-@pytest.mark.parametrize("moe", [models.SortedLoop, models.SplitLoop], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "moe", mostly_slow([models.SplitLoop, models.SortedLoop], 1), ids=lambda m: m.__name__
+)
 def test_a_break_before_all_dispatches_is_tolerated(moe: type[nn.Module]) -> None:
     added, _, reason = captured(root_of(surroundings.BreakBefore, moe))
     assert added[1:] == [2, 0, 0]

@@ -205,7 +205,8 @@ def test_a_refused_model_is_one_graph_as_written_where_dynamo_can() -> None:
     assert state.report is not None and state.report.installed == 0
 
 
-@pytest.mark.parametrize("name", mostly_slow(["SplitLoop", "SortedLoop"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SplitLoop", "SortedLoop"])
 def test_gradients_only_postpone_the_analysis(name: str) -> None:
     model = make(getattr(models, name))
     counter, backend = capturing()
@@ -233,6 +234,7 @@ def test_models_without_banks_are_left_alone() -> None:
     assert counter.registry.state(model).report is None
 
 
+@pytest.mark.slow
 def test_another_backend_on_a_captured_model_sees_its_own_graphs() -> None:
     model = make(models.SortedLoop)
     untouched = make(models.SortedLoop)

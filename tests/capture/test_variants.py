@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capture.harness import assert_equal, capturing, reference, run_steps
+from capture.harness import assert_equal, capturing, mostly_slow, reference, run_steps
 from capture.models import DIM, EXPERTS, SLOTS, HitList, Mlp, inputs, make
 from moeca_compile.capture import compiling_for_moeca, install
 
@@ -188,7 +188,7 @@ VARIANTS: list[type[nn.Module]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, 3), ids=lambda v: v.__name__)
 def test_variant_becomes_one_graph(variant: type[nn.Module]) -> None:
     model = make(variant, layers=2)
     steps = [inputs(0), inputs(1)]

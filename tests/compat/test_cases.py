@@ -24,7 +24,6 @@ from reference import Reference
 
 # What every run pays for; the other cases are slow.
 QUICK_ROWS = ("gpt-oss block, eager",)
-QUICK_WHOLE = ("HiDream image transformer, as its pipeline",)
 QUICK_JUDGED = ("gpt-oss block, eager",)
 pytestmark = [  # of the libraries, when they are imported or traced
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -74,7 +73,7 @@ def test_row_of_the_table(without_any_kernels: None, case: Case) -> None:
     assert (row.regions_matched, row.graphs_moeca) == (case.regions, 1)
 
 
-@pytest.mark.parametrize("case", parameters(QUICK_WHOLE, lambda c: not c.gap))
+@pytest.mark.parametrize("case", parameters(chosen=lambda c: not c.gap))
 def test_whole_exact_and_fresh(without_any_kernels: None, case: Case) -> None:
     model, calls = case.build()
     compiled = compile_case(

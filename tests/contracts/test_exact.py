@@ -44,6 +44,11 @@ BFLOAT16_CASES = [
 ]
 
 
+QUICK = [
+    case if i % 2 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(CASES)
+]
+
+
 def names(case: tuple[object, ...]) -> str:
     return "-".join(map(str, case))
 
@@ -63,7 +68,7 @@ def build(case: tuple, dtype: torch.dtype, steps: int) -> tuple:
     return model, calls
 
 
-@pytest.mark.parametrize("case", CASES, ids=names)
+@pytest.mark.parametrize("case", QUICK, ids=names)
 def test_caching_off_equals_eager(graph_level: None, case: tuple) -> None:
     model, calls = build(case, torch.float32, 3)
     compiled = compile_model(model, calls[0], interval=1)

@@ -33,7 +33,7 @@ def case_name(case: tuple) -> str:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case_name(case), marks=() if case[0] == "I1" else pytest.mark.slow)
+        pytest.param(case, id=case_name(case), marks=() if case == CASES[0] else pytest.mark.slow)
         for case in CASES
     ],
 )

@@ -19,7 +19,7 @@ from reference_forecast import ForecastReference, polynomial
 
 KINDS = ("refresh", "reuse", "forecast", "skip", "plain")
 # what makes every policy leave the beaten track within a few steps of the tiny models
-FEW = ("auto", "moeca", "moeca extrapolated and steered", "taylorseer")
+FEW = ("auto", "moeca extrapolated and steered")
 STEERED = {"forecast_order": 1, "tolerance": 10.0, "max_interval": 3}
 VARIANTS = {"moeca extrapolated and steered": {"policy": "moeca", **STEERED}}
 EVERY = [

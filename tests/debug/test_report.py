@@ -124,7 +124,9 @@ def test_a_steered_run_shows_what_asked_for_its_refreshes(
     use_graph_level(monkeypatch)
     model = make("I1", depth=1)
     calls = trajectory(model, 9, dx=0.05)
-    compiled = compile_model(model, calls[0], policy="auto", tolerance=10.0, max_interval=3)
+    compiled = compile_model(
+        model, calls[0], policy="output_forecast", tolerance=10.0, max_interval=3
+    )
     with torch.no_grad(), moeca_compile.record(compiled):
         for call in calls:
             compiled(*call)

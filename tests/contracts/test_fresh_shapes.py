@@ -136,6 +136,7 @@ def test_models_of_one_class_keep_their_rows_and_counts(graph_level: None, idiom
     assert [moeca_compile.stats(each).steps for each in compiled] == [0, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_captured_model_has_weights_of_its_own(graph_level: None) -> None:
     model = make("split", depth=1, num_experts=4)
     calls = trajectory(model, 3, dx=0.05)
@@ -149,6 +150,7 @@ def test_a_copy_of_a_captured_model_has_weights_of_its_own(graph_level: None) ->
     assert_reused(run(compiled, *calls[1]), model, *calls[1])
 
 
+@pytest.mark.slow
 def test_one_model_compiled_twice_keeps_options_apart(graph_level: None) -> None:
     model = make("I1", depth=1, num_experts=4)
     calls = trajectory(model, 5, dx=0.05)
@@ -183,7 +185,8 @@ def test_dynamo_reset_starts_over(graph_level: None) -> None:
     assert ran.reason == "new_lane"
 
 
-@pytest.mark.parametrize("idiom", [pytest.param("I1", marks=pytest.mark.slow), "I8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("idiom", ["I1", "I8"])
 def test_a_deleted_model_leaves_no_weights_and_no_rows(graph_level: None, idiom: str) -> None:
     model = make(idiom, depth=1, num_experts=4)
     calls = trajectory(model, 3, dx=0.05)

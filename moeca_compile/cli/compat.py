@@ -1,7 +1,7 @@
 """`moeca compat [MODEL ...]`: what torch.compile makes of models, and what this backend does.
 
 moeca compat my_models.py:tiny my_models.py:large --markdown
-moeca compat --suite tests/compat --only Mixtral --only HiDream
+moeca compat --suite tests/compat --only grouped --only eager
 """
 
 from __future__ import annotations

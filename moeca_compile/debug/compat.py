@@ -1,9 +1,9 @@
 """One row of the compatibility table: what plain torch.compile and this backend make of a model.
 
-row = compare("HiDream", model, [((), {"x": x, "t": t})])
+row = compare("my model", model, [((), {"x": x, "t": t})])
 print(table([row]))
 model     graphs, plain    graphs, moeca    regions    error      reuse    why not
-HiDream              20                1        8/8    1.1e-07        3
+my model             20                1        8/8    1.1e-07        3
 """
 
 from __future__ import annotations

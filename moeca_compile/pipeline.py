@@ -26,6 +26,7 @@ from .passes.dense_selections import DenseSelections
 from .passes.distinct_experts import DistinctExperts
 from .passes.fit_cache import fit_cache
 from .passes.match_regions import match_regions
+from .passes.normalize_attention import NormalizeAttention
 from .passes.normalize_choice import NormalizeChoice
 from .passes.normalize_experts import NormalizeExperts
 from .passes.normalize_gathered import NormalizeGathered
@@ -41,6 +42,7 @@ PASSES: tuple[Pass, ...] = (
     NormalizeGathered(),
     NormalizeGrouped(),
     DistinctExperts(),
+    NormalizeAttention(),
     ConstantCumsum(),
 )
 

@@ -1,14 +1,16 @@
 """Attention regions by structure: a core (SDPA, or softmax between two products) and its root.
 
-manual:  softmax(scale * q @ k^T) @ v           core = the second product
+manual:  softmax(scale * q @ k^T) @ v           core = the second product; written with einsum it is
+                                               brought into this form by passes/normalize_attention
 root:    the projection behind the core, up to the first op that mixes in another value
 joint:   a core over several streams, split behind it, has a root for each; see streams.py
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -52,25 +54,37 @@ def find_attention(gm: GraphModule, missed: list[NoMatch]) -> list[AttentionRegi
     return regions
 
 
-def _operands(node: Node) -> tuple[Node, Node, Node] | None:
-    """(core, key, value) if the node is an SDPA call or a softmax between two products."""
-    if node.target is SDPA:
-        return node, node.args[1], node.args[2]  # type: ignore[return-value]
+def softmax_products(node: Node, products: Set[Any]) -> tuple[Node, Node] | None:
+    """(scores, core): the two of `products` in front of and behind a softmax, or None.
+
+    Between scores and softmax the scores are scaled, masked or cast, element by element.
+    """
     if node.target not in SOFTMAX:
         return None
     scores = node.args[0]
-    while isinstance(scores, Node) and scores.target not in PRODUCTS:
+    while isinstance(scores, Node) and scores.target not in products:
         if rule_for(scores.target) is not pointwise or not scores.args:
             return None
         scores = scores.args[0]
     core = node
-    while len(core.users) == 1:
+    while isinstance(scores, Node) and len(core.users) == 1:
         (core,) = core.users
-        if core.target in PRODUCTS:
-            return core, scores.args[1], core.args[1]  # type: ignore[union-attr,return-value]
+        if core.target in products:
+            return scores, core
         if core.target not in BEHIND:
             return None
     return None
+
+
+def _operands(node: Node) -> tuple[Node, Node, Node] | None:
+    """(core, key, value) if the node is an SDPA call or a softmax between two products."""
+    if node.target is SDPA:
+        return node, node.args[1], node.args[2]  # type: ignore[return-value]
+    found = softmax_products(node, PRODUCTS)
+    if found is None:
+        return None
+    scores, core = found
+    return core, scores.args[1], core.args[1]  # type: ignore[return-value]
 
 
 def _regions(

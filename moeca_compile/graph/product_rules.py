@@ -72,7 +72,7 @@ def einsum(puller: RowPuller, node: Node, layout: Layout) -> Any:
     """Any explicit equation; an ellipsis stands for the dims no letter names."""
     operands: Any = node.args[1]
     shapes = [shape_of(x) for x in operands]
-    inputs, output = _letters(str(node.args[0]), [len(s) for s in shapes], len(layout))
+    inputs, output = einsum_letters(str(node.args[0]), [len(s) for s in shapes], len(layout))
     dims = dict(zip(output, layout, strict=True))
     values = []
     for letters, x, shape in zip(inputs, operands, shapes, strict=True):
@@ -87,8 +87,8 @@ def einsum(puller: RowPuller, node: Node, layout: Layout) -> Any:
     return puller.call(node, (node.args[0], values), {})
 
 
-def _letters(equation: str, ranks: list[int], out_rank: int) -> tuple[list[str], str]:
-    """One letter per dim of every operand and of the output."""
+def einsum_letters(equation: str, ranks: list[int], out_rank: int) -> tuple[list[str], str]:
+    """One letter per dim of every operand and of the output. Raises Stop where none is spelled."""
     if "->" not in equation:
         raise Stop("einsum without an explicit output")
     left, out = equation.replace(" ", "").split("->")

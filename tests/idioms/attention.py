@@ -1,4 +1,4 @@
-"""Self-attention in three spellings, each split into the steps the reference needs.
+"""Self-attention in four spellings, each split into the steps the reference needs.
 
 `heads(x [B, N, D]) -> q [B, H, N, d], k, v [B, G, N, d]` (G heads of keys, H / G queries each),
 then `attend(q, k, v) -> [B, n, D]` for any number of query rows, then the output projection.
@@ -43,6 +43,14 @@ class ManualAttention(SdpaAttention):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = at_least_float32(scores).softmax(dim=-1).to(v.dtype)
         return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class EinsumAttention(SdpaAttention):
+    """One fused projection, the products by equations; the heads come out behind the tokens."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(dim=-1), v).flatten(2)
 
 
 class RopeAttention(nn.Module):
@@ -95,5 +103,6 @@ class RopeAttention(nn.Module):
 ATTENTIONS: dict[str, type[SdpaAttention] | type[RopeAttention]] = {
     "sdpa": SdpaAttention,
     "manual": ManualAttention,
+    "einsum": EinsumAttention,
     "rope": RopeAttention,
 }

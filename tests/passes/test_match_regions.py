@@ -14,15 +14,21 @@ from idioms import ATTENTIONS, EXPERTS, ROUTERS, inputs, make
 from idioms.dispatch.split import SplitMoE
 from moeca_compile.graph.region import Regions
 from moeca_compile.passes.match_regions import match_regions
+from moeca_compile.passes.normalize_attention import NormalizeAttention
 from moeca_compile.passes.normalize_experts import NormalizeExperts
 from moeca_compile.passes.normalize_gathered import NormalizeGathered
 from moeca_compile.passes.normalize_grouped import NormalizeGrouped
 
 TOKENS = 16
+# einsum is in every run in test_normalize_attention.py
+ATTENTION_CASES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "einsum")) for name in sorted(ATTENTIONS)
+]
 
 
 def matched(graph: TracedGraph) -> Regions:
-    for each in (NormalizeExperts(), NormalizeGathered(), NormalizeGrouped()):
+    passes = (NormalizeExperts(), NormalizeGathered(), NormalizeGrouped(), NormalizeAttention())
+    for each in passes:
         assert each.run(graph.gm).missed == ()
     return match_regions(graph.gm)
 
@@ -41,7 +47,7 @@ def check_whole_model(regions: Regions, *, batch: int, top_k: int, shared: int) 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("shared", [0, 1, 2])
-@pytest.mark.parametrize("attention", sorted(ATTENTIONS))
+@pytest.mark.parametrize("attention", ATTENTION_CASES)
 @pytest.mark.parametrize("idiom", ["I8", "I9"])
 def test_stacked_idioms(idiom: str, attention: str, shared: int, batch: int) -> None:
     model = make(idiom, attention=attention, shared=shared)
@@ -63,7 +69,7 @@ def traced_form(self: SplitMoE, x: Tensor) -> Tensor:
     return y.view(x.shape)
 
 
-@pytest.mark.parametrize("attention", sorted(ATTENTIONS))
+@pytest.mark.parametrize("attention", ATTENTION_CASES)
 @pytest.mark.parametrize("expert", sorted(EXPERTS))
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_traced_form(

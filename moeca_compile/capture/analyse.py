@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .branches import Branches, drop_branches
+from .fewer_rows import fewer_rows
 from .host_reads import HostRead, Place
 from .kernel_contexts import old_contexts
 from .method_level import Found, Refused, capture_method
@@ -20,7 +21,7 @@ from .observe import Method, Observation, Site, observe
 from .report import BRANCHES, CONTEXTS, METHOD, NONE, STATEMENTS, ModuleCapture
 from .stacked_sites import with_stacked_sites
 from .statement_level import capture_statements
-from .subject import Subject
+from .subject import Recorded, Subject
 
 _MECHANISMS = ((METHOD, capture_method), (STATEMENTS, capture_statements))
 _OWNER_SIZE = 3.0  # an outer caller is copied only if it holds at most this times the bank
@@ -137,10 +138,25 @@ def _try_mechanisms(
         return Refused(f"{name}: the arguments of its module were not seen")
     if method.obstacle:
         return Refused(method.obstacle, 1)
-    best = Refused("")
+    few = fewer_rows(recorded, site.bank.size)
+    if few is not None:
+        outcome = _try_on(site, method, few, definition, whole=recorded)
+        if isinstance(outcome, Outcome):
+            return outcome
+    return _try_on(site, method, recorded, definition)
+
+
+def _try_on(
+    site: Site,
+    method: Method,
+    recorded: Recorded,
+    definition: ast.FunctionDef | None,
+    whole: Recorded | None = None,
+) -> Outcome | Refused:
+    name, best = method.attribute, Refused("")
     try:
         path = _relative(site.bank.path, method.path)
-        subject = Subject(site, method, path, recorded, definition)
+        subject = Subject(site, method, path, recorded, definition, whole)
         for mechanism, capture in _MECHANISMS:
             outcome = capture(subject)
             if isinstance(outcome, Found):

@@ -6,7 +6,7 @@ import ast
 import copy
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MethodType
@@ -29,19 +29,22 @@ from .replay import (
 from .sandbox import copy_arguments, exact_arithmetic
 
 Replacement = Callable[..., Any]
+Recorded = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
 
 
 @dataclass
 class Replay:
     """`method` of an owner, with a copy of the owner to experiment on.
 
-    containers: the banks below the owner. copied: the owner's copy in float32 / float64;
-    arguments: recorded (args, kwargs) of the owner, in the copy's dtypes.
+    containers: the banks below the owner. whole: what `recorded` is a part of, if it is one.
+    copied: the owner's copy in float32 / float64; arguments: recorded (args, kwargs) of the
+    owner, in the copy's dtypes.
     """
 
     method: Method
-    recorded: tuple[tuple[Any, ...], dict[str, Any]]
+    recorded: Recorded
     containers: tuple[nn.Module, ...] = ()
+    whole: Recorded | None = None
 
     def __post_init__(self) -> None:
         with exact_arithmetic(self.device):
@@ -97,7 +100,7 @@ class Replay:
 
     def disagreement(self, replacement: Replacement) -> str:
         """Compare the whole owner before and after on every probe; "" or what differed."""
-        for name, arguments in probe_arguments(self.arguments):
+        for name, arguments in self._probes():
             expected, expected_error = self._outcome(self.method.declared, arguments)
             found, found_error = self._outcome(replacement, arguments)
             if (expected_error is None) != (found_error is None):
@@ -105,6 +108,11 @@ class Replay:
             if expected_error is None and not close(found, expected):
                 return f"{name} input gives other values than the original dispatch"
         return ""
+
+    def _probes(self) -> Iterator[tuple[str, Any]]:
+        yield from probe_arguments(self.arguments)
+        if self.whole is not None:
+            yield "whole recorded", exact_arguments(self.whole)
 
     def _outcome(self, replacement: Replacement, arguments: Any) -> tuple[Any, Exception | None]:
         used = copy_arguments(arguments)
@@ -128,11 +136,12 @@ class Subject(Replay):
         site: Site,
         method: Method,
         bank_path: tuple[str, ...],
-        recorded: tuple[tuple[Any, ...], dict[str, Any]],
+        recorded: Recorded,
         definition: ast.FunctionDef | None = None,
+        whole: Recorded | None = None,
     ) -> None:
         modules = isinstance(site.bank, Bank)
-        super().__init__(method, recorded, (site.bank.container,) if modules else ())
+        super().__init__(method, recorded, (site.bank.container,) if modules else (), whole)
         self.site = site
         self.bank_path = bank_path
         self.definition = definition

@@ -26,7 +26,8 @@ from .explanation import Explanation
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 STEPS = 4
-_STAGES = ("count_plain: ", "explain: ", "max_error: ", "reuse: ")
+BUILD = "building it: "
+_STAGES = (BUILD, "count_plain: ", "explain: ", "max_error: ", "reuse: ")
 HEADERS = (
     "model", "idiom", "version", "graphs, plain", "graphs, moeca", "regions", "error", "reuse",
     "why not",

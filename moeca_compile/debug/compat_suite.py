@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..torch_compat import without_kernels
-from .compat import CompatRow, compare
+from .compat import BUILD, CompatRow, compare
 
 
 class Absent(Exception):
@@ -76,6 +76,9 @@ def _row(case: SuiteCase) -> CompatRow:
         model, calls = case.built()
     except Absent as missing:
         why = str(missing)
+        return CompatRow(case.name, None, None, 0, case.regions, None, 0, why, case.idiom, version)
+    except Exception as error:  # third-party code; the other rows must not be lost over it
+        why = f"{BUILD}{type(error).__name__}: {error}"
         return CompatRow(case.name, None, None, 0, case.regions, None, 0, why, case.idiom, version)
     return compare(
         case.name,

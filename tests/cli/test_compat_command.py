@@ -24,11 +24,13 @@ class Case:
     def built(self):
         if self.name == "missing":
             raise Absent("library is not installed")
+        if self.name == "broken":
+            raise UnboundLocalError("flag")
         model = make("I8", depth=1, num_experts=4)
         return model, [dict(zip("xty", call)) for call in trajectory(model, 4, dx=0.05)]
 
 
-CASES = [Case("there"), Case("missing")]
+CASES = [Case("broken"), Case("there"), Case("missing")]
 """
 
 
@@ -44,8 +46,9 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_suite_has_a_row_a_case(suite: Path) -> None:
     result = moeca("compat", "--suite", str(suite), "--json")
-    assert result.exit_code == 0, result.stderr
-    there, missing = json.loads(result.stdout)
+    assert result.exit_code == 1  # one of them does not start
+    broken, there, missing = json.loads(result.stdout)
+    assert broken["reason"] == "building it: UnboundLocalError: flag" and not broken["good"]
     assert there["good"] and there["version"] == "here 1.2"
     assert (there["graphs_plain"], there["graphs_moeca"], there["reuse_steps"]) == (1, 1, 3)
     assert (there["regions_matched"], there["regions_present"]) == (2, 2)

@@ -20,14 +20,14 @@ from .quality import Plan
 from .store import Row, sources_digest, versions
 from .summary import summarise
 from .table import table
-from .verdict import OURS_FROM, RIVALS_FROM, TOLERANCE_DB, judge
+from .verdict import METRICS, OURS_FROM, RIVALS_FROM, TOLERANCE_DB, judge
 
 
 def write_results(plan: Plan, rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
     """(table, the content of quality.json)."""
     default = Options().policy
     summaries = summarise(rows)
-    verdicts = judge(summaries, default)
+    verdicts = [v for metric in METRICS for v in judge(summaries, default, metric=metric)]
     draw_pareto(summaries, plan.out / "pareto.png")
     draw_grid(plan, rows, summaries, plan.out / "grid.png")
     data = {

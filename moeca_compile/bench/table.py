@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from .summary import Summary
-from .verdict import Point, Verdict
+from .verdict import METRICS, Point, Verdict
 
 HEADERS = (
     "candidate", "FLOPs /", "PSNR dB", "+-", "mean PSNR", "SSIM", "rel. error", "accuracy",
@@ -32,9 +32,12 @@ def table(summaries: Sequence[Summary], verdicts: Sequence[Verdict], default: st
         failed = [f"failed: {s.name}: {s.error}" for s in own if s.error]
         if failed:
             parts.append("\n".join(failed))
-    rows = [_verdict(v) for v in verdicts]
-    shown = tabulate(rows, VERDICT_HEADERS, missingval="-", disable_numparse=True)
-    parts.append(f"default policy {default!r} against its best rival\n\n{shown}")
+    for metric, meaning in METRICS.items():
+        rows = [_verdict(v) for v in verdicts if v.metric == metric]
+        shown = tabulate(rows, VERDICT_HEADERS, missingval="-", disable_numparse=True)
+        parts.append(
+            f"default policy {default!r} against its best rival, PSNR {meaning}\n\n{shown}"
+        )
     return "\n\n".join(parts)
 
 

@@ -9,7 +9,9 @@ Candidates never land on the same speed-up, so the rule leans towards the rivals
   rival    the best of any other policy, fewer steps included, at RIVALS_FROM of the target or
            faster, thus up to a tenth slower than the target; or, where it is better, what
            interpolating a rival between its two nearest settings gives at our own speed-up
-A difference under TOLERANCE_DB counts as equal.
+A difference under TOLERANCE_DB counts as equal. There are two verdicts each, by METRICS: PSNR over
+all pixels of all images, which one image that became another picture decides, and the mean of each
+image's own, as papers give it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ OURS_FROM = 0.95
 RIVALS_FROM = 0.9
 TOLERANCE_DB = 0.2
 EQUAL, NOBODY = "equal", "nobody"
+METRICS = {"psnr_db": "over all pixels", "psnr_mean_db": "mean over images"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Point:
 class Verdict:
     """One model, sampler and speed. winner: a policy, "equal", or "nobody" reached the speed.
 
-    difference_db: ours minus the rival's; None where one of them is missing.
+    metric: a key of METRICS. difference_db: ours minus the rival's; None where one is missing.
     """
 
     subject: str
@@ -54,6 +57,7 @@ class Verdict:
     ours: Point | None
     rival: Point | None
     winner: str
+    metric: str = "psnr_db"
 
     @property
     def difference_db(self) -> float | None:
@@ -67,13 +71,16 @@ class Verdict:
 
 
 def judge(
-    summaries: Sequence[Summary], default: str, targets: Sequence[float] = TARGETS
+    summaries: Sequence[Summary],
+    default: str,
+    targets: Sequence[float] = TARGETS,
+    metric: str = "psnr_db",
 ) -> list[Verdict]:
     """A verdict per subject, sampler and target; default: the policy that has to defend itself."""
     verdicts = []
     for subject, sampler in dict.fromkeys((s.subject, s.sampler) for s in summaries):
         points = [
-            Point(s.name, s.policy, s.speedup, s.psnr_db)
+            Point(s.name, s.policy, s.speedup, getattr(s, metric))
             for s in summaries
             if (s.subject, s.sampler) == (subject, sampler) and _counts(s)
         ]
@@ -82,7 +89,7 @@ def judge(
             others = [p for p in points if p.policy != default]
             rival = best([*others, *_level_with(ours, others)], RIVALS_FROM * target)
             winner = _winner(ours, rival)
-            verdicts.append(Verdict(subject, sampler, target, ours, rival, winner))
+            verdicts.append(Verdict(subject, sampler, target, ours, rival, winner, metric))
     return verdicts
 
 

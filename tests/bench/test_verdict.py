@@ -108,3 +108,15 @@ def test_table_names_failures_and_losers() -> None:
     text = table(summaries, judge(summaries, "ours", (3.0,)), "ours")
     assert "failed: duca 3.0: RuntimeError: no rows" in text
     assert "-4.00" in text and "ours 3.0: 40.00 at 3.00x" in text
+
+
+def test_one_bad_picture_loses_by_pixels_and_wins_by_pictures() -> None:
+    ours = at_db("ours", 3.0, 40.0) | {"psnr_mean_db": 50.0}
+    rival = at_db("fora", 3.0, 42.0) | {"psnr_mean_db": 45.0}
+    rows = summarise([ours, rival])
+    (pixels,), (pictures,) = (
+        judge(rows, "ours", (3.0,), metric) for metric in ("psnr_db", "psnr_mean_db")
+    )
+    assert (pixels.winner, pictures.winner) == ("fora", "ours")
+    shown = table(rows, [pixels, pictures], "ours")
+    assert "PSNR over all pixels" in shown and "PSNR mean over images" in shown

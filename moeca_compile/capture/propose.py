@@ -267,8 +267,9 @@ def _expected_shape(
 
 
 def _combinations(plan: DispatchPlan, values: Mapping[str, Any]) -> Iterator[DispatchPlan]:
+    """Weighted ones first: weights that are all one here (softmax of a top-1) fit with and without
+    the product, and only the probes, which change the weights, can tell."""
     size, tokens = values[plan.ids].numel(), values[plan.ids].numel() // plan.slots
-    yield plan
     for name, value in values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
@@ -276,4 +277,5 @@ def _combinations(plan: DispatchPlan, values: Mapping[str, Any]) -> Iterator[Dis
             yield replace(plan, combine="weighted", weights=name)
         if value.numel() == tokens * plan.experts and value.shape[-1] == plan.experts:
             yield replace(plan, combine="weighted", weights=name, dense_weights=True)
+    yield plan
     yield replace(plan, combine="sum")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from capture.harness import assert_equal, capturing, mostly_slow, op_counts, reference, run_steps
-from idioms import DISPATCHES, EXPERT_CHOICE, make, trajectory
+from idioms import DISPATCHES, EXPERT_CHOICE, inputs, make, trajectory
+from moeca_compile import explain
 from moeca_compile.capture import Phase
 
 # grouped products are traced in bfloat16 only, where equal scores are common; see test_exact.py
@@ -49,3 +50,12 @@ def test_another_routing_in_the_captured_graph(idiom: str) -> None:
     outputs, added = run_steps(torch.compile(model, backend=backend), counter, steps)
     assert added[2:] == [0, 0, 0]
     assert_equal(outputs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("idiom", mostly_slow(["I1", "I2", "split"], 1))
+def test_router_weights_that_are_all_one_are_part_of_the_dispatch(idiom: str) -> None:
+    """Softmax over one logit: the sum is right without them, but no layer is found then."""
+    model = make(idiom, router="topk_softmax", top_k=1, depth=1)
+    report = explain(model, *inputs(model))
+    assert report.matched
+    assert "moe" in {region.kind for region in report.regions}

@@ -15,12 +15,13 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from .dataflow import ancestors
 from .dry_run import DryRun, dry_pull
 from .key_value import SDPA, key_value_rows
 from .layout import RowSpace, is_windowed, row_layout
 from .region import AttentionRegion, NoMatch, RowRoot, module_path
 from .row_rules import VIEWS, pointwise, rule_for, shape_of
-from .streams import Above, stream_parts
+from .streams import Above, Limits, stream_parts
 
 aten = torch.ops.aten
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -39,18 +40,20 @@ BEHIND = VIEWS | {
 def find_attention(gm: GraphModule, missed: list[NoMatch]) -> list[AttentionRegion]:
     """All attention regions whose output has token rows in front; others go to `missed`."""
     regions: list[AttentionRegion] = []
-    earlier: set[Node] = set()  # nothing is looked for above another attention
+    cores: set[Node] = set()  # nothing is looked for above another attention
+    above: set[Node] = set()  # nor, if that is enough, above what an earlier one reads
     for node in gm.graph.nodes:
         operands = _operands(node)
         if operands is None:
             continue
-        found = _regions(operands, frozenset(earlier))
-        earlier.add(operands[0])
+        found = _regions(operands, Limits(frozenset(cores | above), frozenset(cores)))
+        cores.add(operands[0])
         for region in found:
             if isinstance(region, NoMatch):
                 missed.append(region)
             else:
                 regions.append(region)
+                above |= ancestors(region.input.node.all_input_nodes, stop=above)
     return regions
 
 
@@ -87,9 +90,7 @@ def _operands(node: Node) -> tuple[Node, Node, Node] | None:
     return core, scores.args[1], core.args[1]  # type: ignore[return-value]
 
 
-def _regions(
-    operands: tuple[Node, Node, Node], earlier: frozenset[Node]
-) -> list[AttentionRegion | NoMatch]:
+def _regions(operands: tuple[Node, Node, Node], limits: Limits) -> list[AttentionRegion | NoMatch]:
     """One region, or one for every stream that the output is split into."""
     core = operands[0]
     last = _behind(core)
@@ -99,13 +100,13 @@ def _regions(
         return [NoMatch("attention", module_path(core), reason, core)]
     parts = stream_parts(last, space) if root is last else ()
     if not parts:
-        return [_region(operands, root, space, earlier)]
+        return [_region(operands, root, space, limits)]
     found = []
     for part in parts:
         root = _behind(part.node)
         while row_layout(shape_of(root), part.space) is None:
             root = cast(Node, root.args[0])
-        region = _region(operands, root, part.space, earlier)
+        region = _region(operands, root, part.space, limits)
         if isinstance(region, AttentionRegion):
             region = replace(region, beside=tuple(p for p in parts if p is not part))
         found.append(region)
@@ -123,19 +124,21 @@ def _behind(node: Node) -> Node:
 
 
 def _region(
-    operands: tuple[Node, Node, Node], root: Node, space: RowSpace, earlier: frozenset[Node]
+    operands: tuple[Node, Node, Node], root: Node, space: RowSpace, limits: Limits
 ) -> AttentionRegion | NoMatch:
     core, key, value = operands
     name = module_path(core)
     layout = row_layout(shape_of(root), space)
     assert layout is not None
     out = RowRoot(root, layout)
-    dry = dry_pull([out], earlier, space)
-    source = _first_input(core, dry, space) if dry is not None else None
-    if dry is None or source is None:
-        return NoMatch("attention", name, "rows of its output do not lead to query rows", root)
-    cached = key_value_rows(core, (key, value), dry, source, Above(space, earlier))
-    return AttentionRegion(name, space, out, core, cached, source)
+    for limit in (limits.near, limits.far):
+        dry = dry_pull([out], limit, space)
+        source = _first_input(core, dry, space) if dry is not None else None
+        if dry is not None and source is not None:
+            above = Above(space, limit, limits.far)
+            cached = key_value_rows(core, (key, value), dry, source, above)
+            return AttentionRegion(name, space, out, core, cached, source)
+    return NoMatch("attention", name, "rows of its output do not lead to query rows", root)
 
 
 def _first_input(core: Node, dry: DryRun, space: RowSpace) -> RowRoot | None:

@@ -32,7 +32,7 @@ def key_value_rows(
     for operand in operands:
         row_dim = -1 if operand is operands[0] and core.target is not SDPA else -2
         root = _row_root(operand, row_dim, query.requested[core], above)
-        if root is None or root.node in inputs or not _same_tokens(root, query, above):
+        if root is None or root.node in inputs or not _same_tokens(root, query, source, above):
             return ()
         if not _only_for(root.node, core):
             return ()
@@ -41,10 +41,15 @@ def key_value_rows(
     return tuple(roots)
 
 
-def _same_tokens(root: RowRoot, query: DryRun, above: Above) -> bool:
-    """Whether these rows and the query's are made from rows of one value."""
-    dry = above.dry_pull(root)
-    if dry is None or root.node not in dry.pulled:
+def _same_tokens(root: RowRoot, query: DryRun, source: RowRoot, above: Above) -> bool:
+    """Whether these rows and the query's are made from rows of one value, near or far above."""
+    if _meet(root, above.dry_pull(root), query):
+        return True
+    return _meet(root, above.far_pull(root), above.far_pull(source))
+
+
+def _meet(root: RowRoot, dry: DryRun | None, query: DryRun | None) -> bool:
+    if dry is None or query is None or root.node not in dry.pulled:
         return False
     return any(query.requested.get(n) == layout for n, layout in dry.requested.items())
 

@@ -56,15 +56,32 @@ def _taken_from(taker: Node, number: int) -> int | None:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Nodes that a search upward does not go beyond. near: these are enough for most attention.
+
+    Without `near` every search would climb the residual stream to the first block: compile time
+    that grows with the square of the depth.
+    """
+
+    near: frozenset[Node]
+    far: frozenset[Node]
+
+
+@dataclass(frozen=True)
 class Above:
-    """Looking upward from a value, no further than the nodes in `limit`."""
+    """Looking upward from a value, no further than the nodes in `limit`, or in `far`."""
 
     space: RowSpace
     limit: frozenset[Node]
+    far: frozenset[Node]
 
     def dry_pull(self, root: RowRoot) -> DryRun | None:
         """How far a request for rows of `root` gets."""
         return dry_pull([root], self.limit, self.space)
+
+    def far_pull(self, root: RowRoot) -> DryRun | None:
+        """The same where looking further may pay."""
+        return dry_pull([root], self.far, self.space)
 
     def part_of_cat(self, root: RowRoot) -> RowRoot | None:
         """The one projection above `root` that has the requested rows alone, before a cat.

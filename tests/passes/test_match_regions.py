@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import moeca_compile.graph.attention as attention_module
+import moeca_compile.graph.streams as streams_module
 from aten_graphs import TracedGraph, traced
 from idioms import ATTENTIONS, EXPERTS, ROUTERS, inputs, make
 from idioms.dispatch.split import SplitMoE
+from moeca_compile.graph.dry_run import DryRun, dry_pull
 from moeca_compile.graph.region import Regions
 from moeca_compile.passes.match_regions import match_regions
 from moeca_compile.passes.normalize_attention import NormalizeAttention
@@ -167,3 +171,35 @@ def test_attention_before_another_linear_is_not_paired() -> None:
     (miss,) = regions.missed
     assert miss.kind == "attention"
     assert "lies between this attention and the next routing" in miss.reason
+
+
+def rows_pulled(monkeypatch: pytest.MonkeyPatch, depth: int) -> int:
+    """Nodes that the search for attention evaluates on rows, in a residual stream of blocks."""
+    weights = [torch.eye(8) for _ in range(3)]
+    pulled: list[int] = []
+
+    def run(x: Tensor, weights: list[Tensor]) -> Tensor:
+        for _ in range(depth):
+            rows = F.layer_norm(x, (8,))
+            query, key, value = (F.linear(rows, w).unsqueeze(1) for w in weights)
+            x = x + F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        return x
+
+    def counted(*args: Any) -> DryRun | None:
+        dry = dry_pull(*args)
+        pulled.append(len(dry.pulled) if dry is not None else 0)
+        return dry
+
+    graph = traced(run, torch.randn(2, 5, 8), weights)
+    with monkeypatch.context() as patched:
+        patched.setattr(attention_module, "dry_pull", counted)
+        patched.setattr(streams_module, "dry_pull", counted)
+        assert all(r.key_value for r in attention_module.find_attention(graph.gm, []))
+    return sum(pulled)
+
+
+def test_the_search_for_attention_grows_with_the_depth_not_its_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two, four, six = (rows_pulled(monkeypatch, depth) for depth in (2, 4, 6))
+    assert six - four == four - two > 0

@@ -9,7 +9,7 @@ from fashion_ditmoe.sampler import sample
 import moeca_compile
 
 model = load_model(Path(__file__).parent / "fashion_ditmoe")
-compiled = torch.compile(model, backend="moeca", options={"interval": 4})
+compiled = torch.compile(model, backend="moeca")
 
 images = sample(compiled, torch.arange(10), steps=50)  # [10, 1, 32, 32] in [-1, 1]
 

@@ -1,8 +1,8 @@
 """moeca_compile: `torch.compile(model, backend="moeca")` for Diffusion Transformers with experts.
 
-compiled = torch.compile(model, backend="moeca", options={"interval": 4})
+compiled = torch.compile(model, backend="moeca")
 images = sample(compiled, ...)           # the sampling loop stays as it is
-print(moeca_compile.stats(compiled))     # what ran, what was reused
+print(moeca_compile.stats(compiled))     # what ran, what was skipped or reused
 """
 
 from . import ops as _ops  # noqa: F401  the moeca:: ops must exist before anything names them

@@ -34,6 +34,7 @@ from .options import Options
 from .passes.count_flops import count_costs
 from .pipeline import Analysis, analyse
 from .reasons import (
+    NAME_ONE,
     NO_LAYER,
     changing_number,
     first_line,
@@ -305,6 +306,8 @@ def _report_plain(reason: str, request: Request) -> None:
     elif reason == NO_LAYER and _has_more(root):
         log.debug("plain Inductor: %s", reason)
         return
+    if reason == NO_LAYER and not request.options.policy_named:
+        reason = f"{NO_LAYER}; {NAME_ONE}"
     if request.options.strict:
         raise UnsupportedError(f"strict=True: this graph cannot be cached: {reason}")
     told = _TOLD.setdefault(root, set()) if root is not None else set()

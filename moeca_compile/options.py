@@ -4,6 +4,7 @@ torch.compile(model, backend="moeca", options={"intervall": 4})
 ->  OptionsError: unknown option 'intervall'; did you mean 'interval'? valid: alpha, ...
 
 Options.parse({"interval": 6}, budget=0.1)  ->  Options(interval=6, budget=0.1, ...)  (frozen)
+Options().policy                            ->  "auto"; see default_policy
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moeca_compile.errors import OptionsError, OptionsTypeError, name_nearest
 from moeca_compile.policies import POLICIES
@@ -28,19 +29,33 @@ SCORES = ("input_drift", "moeca")
 ORDERS = ("attention_first", "router_first")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CACHE_DTYPES = ("bfloat16", "float16", "float32")
+# Read where rows are reused, and nowhere else.
+ROW_OPTIONS = frozenset({
+    "alpha", "beta", "budget", "cache_dtype", "lambda_drift", "lambda_share", "order", "score",
+    "tau",
+})  # fmt: skip
+
+
+def default_policy(given: Mapping[str, Any]) -> str:
+    """The policy where none is named: "auto", which would not look at ROW_OPTIONS nor at `interval`
+    but for 1, caching off; whoever gives one of them means the paper's rule, "moeca"."""
+    rows = not ROW_OPTIONS.isdisjoint(given) or given.get("interval", 1) != 1
+    return "moeca" if rows else "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """All options of the backend. Wrong name, type or range: `OptionsError`, on construction."""
 
-    policy: str = "moeca"
+    policy: str = "auto"
     """What happens between refreshes: "auto", "moeca" (the paper's), "fora", "taylorseer",
-    "output_forecast", "teacache", "toca" or "duca". Default "moeca". A name, no unit."""
+    "output_forecast", "teacache", "toca" or "duca". Default "auto"; "moeca" where an option is
+    given that only row reuse reads, see `default_policy`. A name, no unit (ours)."""
 
     interval: int = 4
     """Every `interval`-th step is a refresh; no cached row gets older than `interval - 1` steps.
-    1 turns caching off. Default 4, in steps (paper: refresh every N = 4 steps on average)."""
+    1 turns caching off; "auto" reads nothing else of it. Default 4, in steps (paper: refresh every
+    N = 4 steps on average)."""
 
     tau: float = 0.8
     """Base threshold on the layer-normalised score; a matched branch above it is recomputed.
@@ -130,6 +145,9 @@ class Options:
     """A file that `moeca_compile.calibrate` wrote: its options hold where none are given.
     Default None. A path, no unit (ours)."""
 
+    _given: ClassVar[frozenset[str]] = frozenset()  # names given, per instance
+    _in_file: ClassVar[frozenset[str]] = frozenset()  # names the policy file brought, per instance
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Options:
         _refuse_unknown(kwargs)
         made = super().__new__(cls)
@@ -139,6 +157,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.policy_file is not None:
             self._read_policy_file()
+        if not self.policy_named:
+            self._set("policy", default_policy(self.given))
         self._choice("policy", POLICIES)
         self._choice("score", SCORES)
         self._choice("order", ORDERS)
@@ -186,16 +206,25 @@ class Options:
             return cls(**extra)
         if isinstance(options, Options):
             _refuse_unknown(extra)
-            if extra.get("policy_file") is not None:  # its options hold where none were given
-                given = {name: getattr(options, name) for name in options._given}  # type: ignore[attr-defined]
-                return cls(**{**given, **extra})
-            return dataclasses.replace(options, **extra)
+            # what was not given stays so: a policy file, or the default policy, decides it
+            given = {name: getattr(options, name) for name in options._given}
+            return cls(**{**given, **extra})
         if not isinstance(options, Mapping):
             raise OptionsTypeError(
                 f"options: expected a mapping, Options or None, got {type(options).__name__}"
             )
         _refuse_unknown(options)
         return cls(**{**options, **extra})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was asked for by name, here or in the policy file; `Options.parse(o.given) == o`."""
+        return {name: getattr(self, name) for name in sorted(self._given | self._in_file)}
+
+    @property
+    def policy_named(self) -> bool:
+        """Whether somebody chose the policy. Only then is a model without MoE layers cached."""
+        return "policy" in self._given | self._in_file
 
     @property
     def resolved_dump_dir(self) -> Path | None:
@@ -225,7 +254,8 @@ class Options:
         self._set("policy_file", os.fspath(self.policy_file))
         options = load(self.policy_file).options
         _refuse_unknown(options)
-        for name in options.keys() - getattr(self, "_given", frozenset()):
+        self._set("_in_file", frozenset(options))
+        for name in options.keys() - self._given:
             self._set(name, options[name])
 
     def _set(self, name: str, value: Any) -> None:

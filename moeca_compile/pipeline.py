@@ -20,7 +20,7 @@ from .graph.region import NoMatch, Regions
 from .graph.retrace import AtenGraph, retrace
 from .options import Options
 from .passes.base import Pass, PassReport
-from .passes.cache_plan import CachePlan, plan_cache
+from .passes.cache_plan import CachePlan, plan_cache, plan_nothing
 from .passes.constant_cumsum import ConstantCumsum
 from .passes.dense_selections import DenseSelections
 from .passes.distinct_experts import DistinctExperts
@@ -81,10 +81,18 @@ def analyse(gm: GraphModule, values: Sequence[Any], options: Options, dumper: Du
         reports.append(report)
         dumper.graph(each.name, aten.gm, _since(started), f"{report.changed} changed")
     regions = match_regions(aten.gm)
-    plan = fit_cache(plan_cache(regions, aten, options), regions, aten, options)
+    plan = _plan(regions, aten, options)
     found = Analysis(aten, regions, plan, tuple(reports))
     dumper.regions(aten.gm, lambda: region_table(regions, plan), regions, found.missed)
     return found
+
+
+def _plan(regions: Regions, aten: AtenGraph, options: Options) -> CachePlan:
+    """A graph without a matched MoE layer is cached only where the user named a policy: nobody who
+    left the choice to the default asked for a dense denoiser, or whatever this is, to be cached."""
+    if not regions.moe and not options.policy_named:
+        return plan_nothing(regions)
+    return fit_cache(plan_cache(regions, aten, options), regions, aten, options)
 
 
 def _since(started: float) -> float:

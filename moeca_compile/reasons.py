@@ -20,6 +20,7 @@ from .torch_compat import placeholder_source
 
 GRADIENTS = "gradients are on: call the model under torch.no_grad() or torch.inference_mode()"
 NO_LAYER = "no mixture-of-experts layer in this graph"
+NAME_ONE = "name a policy, e.g. policy='auto', to cache a dense denoiser"
 READS = ("item", torch.ops.aten.item.default)
 
 
@@ -53,6 +54,7 @@ def changing_number(gm: GraphModule, inputs: Sequence[Any], options: Options) ->
 
 
 def why_no_layer(analysis: Analysis) -> str:
+    """What stands against the first layer that looked like one; NO_LAYER if none did."""
     missed = [m for m in analysis.missed if m.kind == "moe"]
     if missed:
         return f"{missed[0].name}: {missed[0].reason}"

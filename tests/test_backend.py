@@ -23,6 +23,13 @@ MODEL = make("I8", depth=1, num_experts=4)
 CALLS = trajectory(MODEL, 4, dx=0.05)
 
 
+def ode(steps: int) -> list[tuple[torch.Tensor, ...]]:
+    """Calls of a sampler that adds no noise: the sample moves on a line."""
+    x, t, y = CALLS[0]
+    way = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    return [(x + 0.02 * i * way, t - 0.005 * i, y) for i in range(steps)]
+
+
 @pytest.fixture(autouse=True)
 def _graph_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use_graph_level(monkeypatch)
@@ -84,9 +91,24 @@ def test_a_named_timestep_is_used() -> None:
             return self.inner.finish(h, c)
 
     model = Odd().eval()
-    compiled = torch.compile(model, backend="moeca", options={"timestep": "when"})
+    options: dict[str, Any] = {"policy": "moeca", "timestep": "when"}
+    compiled = torch.compile(model, backend="moeca", options=options)
     assert [run(compiled, *call).kind for call in CALLS] == ["refresh", *["reuse"] * 3]
     assert run(compiled, *CALLS[0]).reason == "timestep_jumped_back"
+
+
+def test_the_default_skips_steps_and_stays_near() -> None:
+    """policy "auto": three refreshes to know the slope, then whole steps are extrapolated."""
+    compiled = torch.compile(MODEL, backend="moeca")
+    for call in ode(12):
+        with torch.no_grad():
+            output, eager = compiled(*call), MODEL(*call)
+        assert (output - eager).norm() / eager.norm() < 0.05
+    stats = moeca_compile.stats(compiled)
+    assert (stats.steps, stats.reuse_steps, stats.plain_steps) == (12, 0, 0)
+    assert stats.skip_steps >= 5
+    assert stats.speedup_flops > 1.5
+    assert stats.reasons["history"] == 2
 
 
 def test_options_as_an_object() -> None:
@@ -103,9 +125,10 @@ def test_mode_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(variants_module, "inductor", record)
     compiled = torch.compile(MODEL, backend="moeca", mode="max-autotune-no-cudagraphs")
-    for call in CALLS[:2]:
+    for call in ode(5):
         run(compiled, *call)
-    assert len(seen) == 2
+    assert moeca_compile.stats(compiled).skip_steps > 0
+    assert len(seen) == 2, "refresh and skip"
     wanted = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
     assert wanted
     assert all(wanted.items() <= config.items() for config in seen)
@@ -165,7 +188,7 @@ def _method(model: nn.Module) -> Any:
 
 def test_other_backends_see_the_model_as_it_is() -> None:
     model = make("I1", depth=1, num_experts=4)
-    compiled = torch.compile(model, backend="moeca")
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
     for call in CALLS[:3]:
         kind = run(compiled, *call).kind
     assert kind == "reuse"

@@ -21,9 +21,48 @@ from moeca_compile.options import Options
 
 def test_defaults_are_the_published_ones() -> None:
     o = Options()
-    assert (o.policy, o.interval, o.tau, o.alpha, o.beta) == ("moeca", 4, 0.8, 0.6, 0.65)
+    assert (o.policy, o.interval, o.tau, o.alpha, o.beta) == ("auto", 4, 0.8, 0.6, 0.65)
     assert (o.budget, o.order, o.warmup_steps, o.timestep) == (None, "router_first", 0, None)
     assert (o.strict, o.dump_dir) == (False, None)
+
+
+ROWS: dict[str, Any] = {
+    "tau": 0.8, "alpha": 0.6, "beta": 0.65, "lambda_drift": 1.0, "lambda_share": 0.6,
+    "score": "input_drift", "budget": 0.1, "order": "router_first", "cache_dtype": "bfloat16",
+    "interval": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "auto"),
+        *(({name: value}, "moeca") for name, value in ROWS.items()),
+        ({"interval": 1}, "auto"),
+        ({"interval": 1, "budget": 0.1}, "moeca"),
+        ({"tolerance": 0.1, "max_interval": 6}, "auto"),
+        ({"tolerance": 0.1, "budget": 0.1}, "moeca"),
+        ({"forecast_order": 2, "prediction": "clean", "corrector": False}, "auto"),
+        ({"warmup_steps": 2, "timestep": "t", "strict": True, "max_cache_bytes": 9}, "auto"),
+        ({"policy": "auto", "interval": 6, "budget": 0.1}, "auto"),
+        ({"policy": "fora", "interval": 6}, "fora"),
+        ({"policy": "moeca"}, "moeca"),
+    ],
+    ids=str,
+)
+def test_the_policy_where_none_is_named(given: dict[str, Any], policy: str) -> None:
+    """Whoever gives what only row reuse reads means row reuse: no option is silently ignored."""
+    for made in (Options(**given), Options.parse(given), Options.parse(Options(**given))):
+        assert made.policy == policy == made.to_dict()["policy"]
+        assert made.policy_named == ("policy" in given)
+        assert made.given == given
+    assert Options.parse(Options(), **given).policy == policy
+    assert Options.parse(made.to_dict()) == made
+    assert made.fingerprint() == Options.parse({**given, "policy": policy}).fingerprint()
+
+
+def test_every_option_that_means_row_reuse_is_in_the_table_above() -> None:
+    assert {*options_module.ROW_OPTIONS, "interval"} == ROWS.keys()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         *({"interval": n, "forecast_order": 1} for n in (2, 3, 4, 5)),
         *({"tolerance": v, "forecast_order": 1} for v in (0.02, 0.05, 0.1, 0.2)),
     ),
-    "auto": ({}, *({"tolerance": value} for value in (0.03, 0.04, 0.06, 0.12, 0.2))),
+    "auto": (
+        {},
+        *({"tolerance": value} for value in (0.03, 0.04, 0.045, 0.06, 0.12, 0.2)),
+        *({"tolerance": value, "max_interval": 6} for value in (0.2, 0.3)),
+    ),
 }
 # One each that compiles little; what else there is can be asked for by name.
 QUICK: dict[str, dict[str, Any]] = {

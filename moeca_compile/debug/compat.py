@@ -40,7 +40,8 @@ class CompatRow:
 
     graphs_plain, graphs_moeca: graphs Dynamo compiled for the first two calls, for moeca with the
     dispatch captured beforehand. regions_present: matched ones and near misses. max_error: largest
-    ||compiled - eager|| / ||eager|| over the calls with interval=1. reuse_steps: with interval=4.
+    ||compiled - eager|| / ||eager|| over the calls with interval=1. reuse_steps: with interval=4,
+    of policy "moeca" unless another is asked for.
     reason: the first thing that went wrong; empty if nothing did. idiom: how the dispatch is
     written; version: where the model is from.
     """
@@ -192,7 +193,8 @@ class _Comparison:
     def _compiled(self, backend: _Counted, interval: int) -> Any:
         args, kwargs = self.calls[0]
         prepare(self.model, *args, **kwargs)
-        options = {**self.options, "interval": interval}
+        # rows are what has to be proved: the default, "auto", may skip steps without any
+        options = {"policy": "moeca", **self.options, "interval": interval}
         return torch.compile(self.model, backend=backend, options=options)
 
 

@@ -3,7 +3,7 @@
 print(moeca_compile.explain(model, x, t, y))
 kind       module         matched    what or why not                 where
 moe        blocks.0.moe   yes        8 experts, top-2, 1 shared
-attention  blocks.0.attn  yes        K and V cached
+attention  blocks.0.attn  yes        output kept
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch.fx import GraphModule
 from ..capture import CaptureReport, compiling_for_moeca, install, uninstall
 from ..capture.install import is_installed
 from ..capture.sandbox import copy_arguments, undisturbed
-from ..graph.region import ChoiceRegion, MoERegion, NoMatch, Regions, source_line
+from ..graph.region import AttentionRegion, ChoiceRegion, NoMatch, source_line
 from ..graph.retrace import Untraceable
 from ..options import Options
 from ..pipeline import Analysis, analyse
+from ..policies.protocol import Stored
+from ..reasons import NAME_ONE
 from ..torch_compat import backend_settings, compile_apart, compiled_root, traced_frame
 from .dump import Dumper
 from .explanation import ExplainedRegion, Explanation
@@ -30,7 +32,8 @@ from .predict import predict
 def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Analyse `model` on example inputs; the model is left as it was.
 
-    With the options `model` was compiled with; with default options for a plain module.
+    With the options `model` was compiled with; with default options for a plain module. What is
+    kept between steps, and its bytes, are the policy's; what is matched is the same for all.
 
     Runs the model once or twice without compiling kernels. Raises TypeError for something that
     leads to no module; what the model itself raises comes through.
@@ -98,10 +101,13 @@ class Analyser:
 def _explanation(analyser: Analyser, capture: CaptureReport | None) -> Explanation:
     regions: list[ExplainedRegion] = []
     for analysis in analyser.analyses:
-        regions += _matched(analysis.regions, analysis.plan.left_out)
+        regions += _matched(analysis)
         regions += [_missed(m, r.name) for r in analysis.reports for m in r.missed]
         regions += [_missed(m, "match_regions") for m in analysis.regions.missed]
     known = {r.name for r in regions}
+    unmatched = not any(r.matched for r in regions)
+    if unmatched and len(analyser.analyses) == 1 and not analyser.options.policy_named:
+        analyser.notes.append(f"nothing is cached: no MoE layer was recognised; {NAME_ONE}")
     for module in capture.modules if capture else ():
         if not module.accepted and module.path not in known:
             regions.append(
@@ -121,10 +127,10 @@ def _explanation(analyser: Analyser, capture: CaptureReport | None) -> Explanati
     )
 
 
-def _matched(regions: Regions, left_out: Sequence[MoERegion]) -> list[ExplainedRegion]:
-    found = []
-    for moe in regions.moe:
-        why = "max_cache_bytes" if moe in left_out else ""
+def _matched(analysis: Analysis) -> list[ExplainedRegion]:
+    found, plan = [], analysis.plan
+    for moe in analysis.regions.moe:
+        why = "max_cache_bytes" if moe in plan.left_out else ""
         top_k = None if isinstance(moe, ChoiceRegion) else moe.top_k
         found.append(
             ExplainedRegion(
@@ -133,14 +139,20 @@ def _matched(regions: Regions, left_out: Sequence[MoERegion]) -> list[ExplainedR
             )
         )  # fmt: skip
         for a in moe.attention:
-            cached = "K and V cached" if a.key_value else "K and V recomputed in full"
             found.append(
                 ExplainedRegion(
-                    "attention", a.name, True, why, cached, source_line(a.core),
+                    "attention", a.name, True, why, _kept(a, plan.stored), source_line(a.core),
                     stage="match_regions", node=a.root.node.name,
                 )
             )  # fmt: skip
     return found
+
+
+def _kept(attention: AttentionRegion, stored: Stored) -> str:
+    """What of an attention the policy keeps between steps."""
+    if stored.rows:
+        return "K and V cached" if attention.key_value else "K and V recomputed in full"
+    return "output kept" if stored.layers else "only the model's output is kept"
 
 
 def _missed(miss: NoMatch, stage: str) -> ExplainedRegion:

@@ -42,7 +42,7 @@ def write_reproducer(
     holes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = [_describe(v, placeholder_source(h)) for h, v in zip(holes, values)]
     constants = {name: _describe(value, "") for name, value in attributes.items()}
-    settings = {**options.to_dict(), "dump_dir": None}
+    settings = {**options.given, "dump_dir": None}
     folder.mkdir()
     (folder / "graph.json").write_text(json.dumps(graph))
     described = {"inputs": inputs, "attributes": constants}

@@ -169,6 +169,11 @@ def plan_cache(regions: Regions, aten: AtenGraph, options: Options) -> CachePlan
     return CachePlan(layers, layout, regions.needed, stored, histories)
 
 
+def plan_nothing(regions: Regions) -> CachePlan:
+    """The plan of a graph that runs as written in every step."""
+    return CachePlan((), CacheLayout(()), regions.needed, Stored())
+
+
 def _plan_layer(region: MoERegion, number: int, options: Options, stored: Stored) -> LayerPlan:
     prefix = f"{number}.{region.name}"
 

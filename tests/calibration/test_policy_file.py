@@ -68,6 +68,21 @@ def test_the_file_is_the_base_and_given_options_override(path: Path) -> None:
     assert Options.parse(Options(interval=default), policy_file=path).interval == default
 
 
+@pytest.mark.parametrize(
+    ("held", "policy", "named"),
+    [({"policy": "auto"}, "auto", True), ({"tolerance": 0.1}, "auto", False),
+     ({"budget": 0.1}, "moeca", False)],
+)  # fmt: skip
+def test_a_file_names_the_policy_as_an_option_does(
+    file: PolicyFile, tmp_path: Path, held: dict[str, Any], policy: str, named: bool
+) -> None:
+    path = save(dataclasses.replace(file, options=held), tmp_path / "policy.json")
+    for read in (Options(policy_file=str(path)), Options.parse(Options(), policy_file=path)):
+        assert (read.policy, read.policy_named) == (policy, named)
+        assert read.given == {**held, "policy_file": str(path)}
+    assert Options(policy_file=str(path), interval=4).policy == ("auto" if named else "moeca")
+
+
 def test_options_from_a_file_are_plain_options(path: Path) -> None:
     read = Options(policy_file=str(path))
     assert Options.parse(read.to_dict()) == read

@@ -47,7 +47,7 @@ def tiny(idiom: str = "I1") -> tuple[Denoiser, list[tuple[Tensor, Tensor, Tensor
 @pytest.mark.parametrize("idiom", ["I1", "split", "I8"])
 def test_gradients(plain_graphs: list[str], caplog: pytest.LogCaptureFixture, idiom: str) -> None:
     model, calls = tiny(idiom)
-    compiled = torch.compile(model, backend="moeca")
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
     for call in calls[:3]:
         run(compiled, *call)
     assert moeca_compile.stats(compiled).reuse_steps > 0
@@ -89,7 +89,7 @@ def test_training_mode_and_back(
     plain_graphs: list[str], caplog: pytest.LogCaptureFixture, idiom: str
 ) -> None:
     model, calls = tiny(idiom)
-    compiled = torch.compile(model, backend="moeca")
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
     for call in calls[:4]:
         ran = run(compiled, *call)
     assert ran.kind == "reuse"
@@ -109,7 +109,7 @@ def test_training_mode_and_back(
 @pytest.mark.parametrize("idiom", ["I1", "I8"])
 def test_strict_in_the_wrong_mode(plain_graphs: list[str], idiom: str) -> None:
     model, calls = tiny(idiom)
-    compiled = torch.compile(model, backend="moeca", options={"strict": True})
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca", "strict": True})
     for call in calls[:3]:
         ran = run(compiled, *call)  # pieces of the first call are no reason to raise
     assert ran.kind == "reuse"
@@ -142,15 +142,54 @@ def test_a_model_without_experts(plain_graphs: list[str], caplog: pytest.LogCapt
     assert plain_graphs == ["in the backend call", "later"]
     assert moeca_compile.stats(compiled).steps == 0
     (line,) = lines(caplog)
-    assert "no mixture-of-experts layer" in line
+    assert "no mixture-of-experts layer" in line and "name a policy" in line
     strict = torch.compile(Dense().eval(), backend="moeca", options={"strict": True})
     raises("no mixture-of-experts layer", lambda: run(strict, *call))
+
+
+class DenseDenoiser(nn.Module):
+    """x [B, C, H, W], t [B] -> [B, C, H, W]: all that forecasting whole steps needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.leave(self.enter(x).tanh() * t[:, None, None, None].cos())
+
+
+@pytest.mark.parametrize("given", [{}, {"tolerance": 0.3}, {"policy": "auto"}], ids=str)
+def test_a_dense_denoiser_is_cached_only_where_a_policy_is_named(
+    plain_graphs: list[str], caplog: pytest.LogCaptureFixture, given: dict[str, Any]
+) -> None:
+    plain_graphs.clear()
+    model = DenseDenoiser().eval()
+    compiled = torch.compile(model, backend="moeca", options=given)
+    x, t = torch.randn(2, 4, 8, 8), torch.zeros(2)
+    with torch.no_grad():
+        for step in range(8):
+            t = torch.full((2,), 0.9 - 0.02 * step)
+            output = compiled(x, t)
+            if "policy" not in given:
+                torch.testing.assert_close(output, model(x, t))
+            x = x - 0.02 * output
+    stats, report = moeca_compile.stats(compiled), moeca_compile.explain(compiled, x, t)
+    if "policy" in given:
+        assert stats.skip_steps > 0 and report.cache_bytes > 0
+        assert plain_graphs == [] and lines(caplog) == [] and report.notes == ()
+        return
+    assert stats.steps == 0 and report.cache_bytes == 0
+    assert plain_graphs == ["in the backend call"]
+    (line,) = lines(caplog)
+    hint = "name a policy, e.g. policy='auto', to cache a dense denoiser"
+    assert hint in line and hint in str(report)
 
 
 def test_an_empty_batch(plain_graphs: list[str], caplog: pytest.LogCaptureFixture) -> None:
     model, calls = tiny()
     moeca_compile.prepare(model, *calls[0])
-    compiled = torch.compile(model, backend="moeca")
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
     assert run(compiled, *calls[0]).kind == "refresh"
     empty = tuple(value[:0] for value in calls[1])
     ran = run(compiled, *empty)
@@ -219,7 +258,7 @@ def test_no_timestep_argument(plain_graphs: list[str], caplog: pytest.LogCapture
     torch.manual_seed(0)
     model = Untimed().eval()
     calls = [(x, torch.ones(2, 32)) for x, _, _ in trajectory(model.inner, 4, dx=0.05)]
-    compiled = torch.compile(model, backend="moeca")
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
     for call in calls:
         assert_fresh(run(compiled, *call), model, *call)
     (line,) = lines(caplog)
@@ -272,7 +311,7 @@ def test_a_number_that_never_repeats_does_not_compile_for_ever(
 ) -> None:
     monkeypatch.setattr("moeca_compile.backend.MAX_SHAPES", 2)
     model = Sized().eval()
-    compiled = torch.compile(model, backend="moeca")
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
     x, t, y = trajectory(model.inner, 1)[0]
     plain_graphs.clear()
     kinds = []

@@ -54,7 +54,8 @@ def model_and_calls(form: str) -> tuple[FormDenoiser, list]:
 @pytest.mark.parametrize("form", EVERY)
 def test_layers_and_their_attention_are_found(form: str) -> None:
     model = make_form(form)
-    report = moeca_compile.explain(model, *inputs(model))
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
+    report = moeca_compile.explain(compiled, *inputs(model))
     assert [r.reason for r in report.regions if not r.matched] == []
     kinds = [r.kind for r in report.regions]
     assert kinds == ["moe", *["attention"] * len(KEPT[form])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from idioms import make, trajectory
 from moeca_compile.backend import moeca
 from moeca_compile.runtime.registry import REGISTRY
 
+ROWS: dict[str, Any] = {"policy": "moeca"}
+
 
 @pytest.mark.parametrize(
     "dynamic", [None, pytest.param(False, marks=pytest.mark.slow)], ids=["dynamic", "static"]
@@ -29,7 +32,7 @@ def test_batch_size_changes_and_comes_back(graph_level: None, dynamic: bool | No
     model = make("I1", depth=1, num_experts=4)
     calls = trajectory(model, 8, dx=0.05)
     moeca_compile.prepare(model, *calls[0])
-    compiled = torch.compile(model, backend=moeca, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(model, backend=moeca, options=ROWS, fullgraph=True, dynamic=dynamic)
     assert_fresh(run(compiled, *calls[0]), model, *calls[0])
     assert_reused(run(compiled, *calls[1]), model, *calls[1])
     assert_fresh(run(compiled, *grown(calls[2])), model, *grown(calls[2]))
@@ -63,7 +66,7 @@ class AnySize(nn.Module):
 def test_guidance_with_texts_of_different_length_reuses_in_both(graph_level: None) -> None:
     torch.manual_seed(0)
     model = AnySize().eval()
-    compiled = torch.compile(model, backend=moeca, dynamic=False)
+    compiled = torch.compile(model, backend=moeca, options={"policy": "moeca"}, dynamic=False)
     x, texts = torch.randn(2, 3, 8, 8), (torch.randn(2, 5, 32), torch.randn(2, 3, 32))
     kinds = []
     for step in range(4):
@@ -80,7 +83,7 @@ def test_guidance_with_texts_of_different_length_reuses_in_both(graph_level: Non
 def test_resolution_changes(graph_level: None) -> None:
     torch.manual_seed(0)
     model = AnySize().eval()
-    compiled = torch.compile(model, backend=moeca)
+    compiled = torch.compile(model, backend=moeca, options={"policy": "moeca"})
     cond = torch.randn(1, 4, 32)
     for side in (8, 12, 8):
         x = torch.randn(1, 3, side, side)
@@ -125,7 +128,7 @@ def test_models_of_one_class_keep_their_rows_and_counts(graph_level: None, idiom
     models = [make(idiom, depth=1, num_experts=4, seed=seed) for seed in (0, 1)]
     models.append(copy.deepcopy(models[0]))
     calls = trajectory(models[0], 3, dx=0.05)
-    compiled = [compile_model(model, calls[0]) for model in models]
+    compiled = [compile_model(model, calls[0], policy="moeca") for model in models]
     for call, check in zip(calls, (assert_fresh, assert_reused, assert_reused)):
         for each, model in zip(compiled, models):
             check(run(each, *call), model, *call)
@@ -140,7 +143,7 @@ def test_models_of_one_class_keep_their_rows_and_counts(graph_level: None, idiom
 def test_a_copy_of_a_captured_model_has_weights_of_its_own(graph_level: None) -> None:
     model = make("split", depth=1, num_experts=4)
     calls = trajectory(model, 3, dx=0.05)
-    compiled = compile_model(model, calls[0])
+    compiled = compile_model(model, calls[0], policy="moeca")
     run(compiled, *calls[0])
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -190,7 +193,7 @@ def test_dynamo_reset_starts_over(graph_level: None) -> None:
 def test_a_deleted_model_leaves_no_weights_and_no_rows(graph_level: None, idiom: str) -> None:
     model = make(idiom, depth=1, num_experts=4)
     calls = trajectory(model, 3, dx=0.05)
-    compiled = compile_model(model, calls[0])
+    compiled = compile_model(model, calls[0], policy="moeca")
     for call in (*calls[:2], grown(calls[2])):  # a dynamic graph too
         run(compiled, *call)
     entries = REGISTRY.entries_of(compiled)

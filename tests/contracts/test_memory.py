@@ -39,7 +39,7 @@ def test_a_limit_leaves_out_a_layer_and_the_others_equal_the_reference(
     model_and_calls: tuple[Any, list[Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, calls = model_and_calls
-    whole = sizes(model, calls[0]).cache_bytes
+    whole = sizes(model, calls[0], interval=4).cache_bytes
     options = {"interval": 4, "max_cache_bytes": 2 * whole // 3}
     with caplog.at_level(logging.WARNING, "moeca_compile"):
         compiled = compile_model(model, calls[0], **options)

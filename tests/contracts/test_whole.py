@@ -132,7 +132,7 @@ def test_one_graph_and_nothing_compiled_after_the_first_generation(
 
     monkeypatch.setattr(backend_module, "_compile", counted)
     plain_graphs.clear()
-    compiled = torch.compile(model, backend="moeca")
+    compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})
     generate(compiled, shape, seed=0)
     graphs, entered = counters["stats"]["unique_graphs"], len(backend_calls)
     torch._dynamo.utils.counters["recompiles"].clear()

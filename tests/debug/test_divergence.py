@@ -85,7 +85,7 @@ def comparison(options: Options, totals: GuardTotals) -> Comparison:
         (Options(tau=8.0), GuardTotals(50, 0, 0, 3.2, 1.0), "tau is 8, lower it"),
         (Options(tau=0.0), GuardTotals(50, 50, 0, 0.0, 1.0), "every score is above"),
         (Options(budget=0.1), GuardTotals(50, 5, 3, 9.0, 1.0), "raise budget"),
-        (Options(), GuardTotals(50, 5, 0, 0.4, 1.0), "5 of 50 cached branches"),
+        (Options(policy="moeca"), GuardTotals(50, 5, 0, 0.4, 1.0), "5 of 50 cached branches"),
     ],
 )
 def test_findings_say_what_stands_out(options: Options, totals: GuardTotals, words: str) -> None:

@@ -150,7 +150,7 @@ def test_a_compiled_model_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     use_graph_level(monkeypatch)
     model = make("I1", depth=1, num_experts=4)
     calls = trajectory(model, 3, dx=0.05)
-    compiled = compile_model(model, calls[0])
+    compiled = compile_model(model, calls[0], policy="moeca")
     assert watched_call(compiled, *calls[0]).kind == "refresh"
     told = [moeca_compile.explain(compiled, *calls[0]) for _ in range(10)]
     assert {report.cache_bytes for report in told} == {only_entry(compiled).cache_bytes}

@@ -22,12 +22,12 @@ PASSES = (ROOT / "moeca_compile" / "passes" / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def sampler(model: Any, labels: Tensor, steps: int = 6) -> Tensor:
-    """A sampling loop as a user has it: labels [B] -> images [B, C, H, W]."""
+def sampler(model: Any, labels: Tensor, steps: int = 12) -> Tensor:
+    """A sampling loop as a user has it, in small steps: labels [B] -> images [B, C, H, W]."""
     x = torch.randn(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for index in range(steps):
-            t = torch.full((len(labels),), 0.9 - 0.1 * index)
+            t = torch.full((len(labels),), 0.9 - 0.02 * index)
             x = x - 0.01 * model(x, t, labels)
     return x
 

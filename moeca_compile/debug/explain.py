@@ -17,16 +17,16 @@ from torch.fx import GraphModule
 from ..capture import CaptureReport, compiling_for_moeca, install, uninstall
 from ..capture.install import is_installed
 from ..capture.sandbox import copy_arguments, undisturbed
-from ..graph.region import AttentionRegion, ChoiceRegion, NoMatch, source_line
+from ..graph.region import ChoiceRegion, NoMatch, source_line
 from ..graph.retrace import Untraceable
 from ..options import Options
 from ..pipeline import Analysis, analyse
-from ..policies.protocol import Stored
 from ..reasons import NAME_ONE
 from ..torch_compat import backend_settings, compile_apart, compiled_root, traced_frame
 from .dump import Dumper
 from .explanation import ExplainedRegion, Explanation
 from .predict import predict
+from .region_table import kept
 
 
 def explain(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -141,18 +141,11 @@ def _matched(analysis: Analysis) -> list[ExplainedRegion]:
         for a in moe.attention:
             found.append(
                 ExplainedRegion(
-                    "attention", a.name, True, why, _kept(a, plan.stored), source_line(a.core),
+                    "attention", a.name, True, why, kept(a, plan.stored), source_line(a.core),
                     stage="match_regions", node=a.root.node.name,
                 )
             )  # fmt: skip
     return found
-
-
-def _kept(attention: AttentionRegion, stored: Stored) -> str:
-    """What of an attention the policy keeps between steps."""
-    if stored.rows:
-        return "K and V cached" if attention.key_value else "K and V recomputed in full"
-    return "output kept" if stored.layers else "only the model's output is kept"
 
 
 def _missed(miss: NoMatch, stage: str) -> ExplainedRegion:

@@ -18,6 +18,7 @@ from moeca_compile import Options
 from moeca_compile.runtime.stats import Stats
 from reference import Reference
 
+ROWS = {"policy": "moeca"}
 CASES = [
     ("I1", 2, {"score": "input_drift"}),
     ("I2", 4, {"score": "moeca"}),
@@ -89,7 +90,9 @@ def check_totals(stats: Stats, steps: int, tokens: int, branches: int) -> None:
     assert fields["flops_computed"] == stats.flops_computed
 
 
-@pytest.mark.parametrize("options", [{"interval": 1}, {"warmup_steps": 9}], ids=["off", "refresh"])
+@pytest.mark.parametrize(
+    "options", [{"interval": 1}, ROWS | {"warmup_steps": 9}], ids=["off", "refresh"]
+)
 def test_flops_are_equal_when_everything_is_computed(graph_level: None, options: dict) -> None:
     model = make("I8", depth=1)
     calls = trajectory(model, 3)

@@ -44,7 +44,7 @@ def tiny(idiom: str = "I1") -> tuple[Denoiser, list[tuple[Tensor, Tensor, Tensor
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo
-@pytest.mark.parametrize("idiom", ["I1", "split", "I8"])
+@pytest.mark.parametrize("idiom", ["I1", pytest.param("split", marks=pytest.mark.slow), "I8"])
 def test_gradients(plain_graphs: list[str], caplog: pytest.LogCaptureFixture, idiom: str) -> None:
     model, calls = tiny(idiom)
     compiled = torch.compile(model, backend="moeca", options={"policy": "moeca"})

@@ -82,10 +82,10 @@ def test_reuse_equals_the_reference(
 
 LINES = [
     # case, rule, order, forecast order
-    (CASES[0], {"budget": 0.15}, "router_first"),
+    pytest.param(CASES[0], {"budget": 0.15}, "router_first", marks=pytest.mark.slow),
     (CASES[3], {"score": "moeca"}, "router_first"),
-    (CASES[5], {"budget": 0.5}, "attention_first"),
-    (CASES[10], {}, "router_first"),
+    pytest.param(CASES[5], {"budget": 0.5}, "attention_first", marks=pytest.mark.slow),
+    pytest.param(CASES[10], {}, "router_first", marks=pytest.mark.slow),
 ]
 
 
@@ -120,8 +120,13 @@ def test_extrapolated_rows_equal_the_reference(
     ("policy", "case", "rule"),
     [
         ("toca", CASES[0], {"budget": 0.3}),
-        ("toca", CASES[3], {"tau": 0.9}),
-        ("toca", CASES[5], {"budget": 0.3, "order": "attention_first", "forecast_order": 1}),
+        pytest.param("toca", CASES[3], {"tau": 0.9}, marks=pytest.mark.slow),
+        pytest.param(
+            "toca",
+            CASES[5],
+            {"budget": 0.3, "order": "attention_first", "forecast_order": 1},
+            marks=pytest.mark.slow,
+        ),
         ("duca", CASES[2], {"budget": 0.3}),
     ],
 )

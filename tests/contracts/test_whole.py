@@ -118,7 +118,15 @@ def generate(denoise: Callable[..., Tensor], shape: tuple[int, ...], seed: int) 
     return x
 
 
-@pytest.mark.parametrize("make_model", [unseen, labelled, trained], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        labelled,
+        pytest.param(unseen, marks=pytest.mark.slow),
+        pytest.param(trained, marks=pytest.mark.slow),
+    ],
+    ids=["labelled", "unseen", "trained"],
+)
 def test_one_graph_and_nothing_compiled_after_the_first_generation(
     plain_graphs: list[str], monkeypatch: pytest.MonkeyPatch, make_model: Callable
 ) -> None:

@@ -50,6 +50,7 @@ class LaneForecast:
     refreshes: int = 0
     span: int = 1  # calls from the last refresh but one to the last
     gap: float = 1.0
+    owed: float = 0.0  # calls by which refreshes came earlier than the gaps asked for
     calls: int = 0  # since the last refresh
     skipped: list[tuple[float, Predictor]] = field(default_factory=list)
     asked: dict[tuple[str, int], Predictor] = field(default_factory=dict)
@@ -91,11 +92,15 @@ class OutputForecastPolicy(Policy):
             return Decision("refresh", "history")
         if _ends(lane, abscissa(step)):
             return Decision("refresh", "last_step")
-        if lane.calls + 1 >= round(lane.gap):
+        if lane.calls + 1 >= self.distance(lane):
             return Decision("refresh", "error_bound" if self.tolerance is not None else "interval")
         if self._predictor(lane, abscissa(step)) is None:
             return Decision("refresh", "no_forecast")
         return self.between(lane)
+
+    def distance(self, lane: LaneForecast) -> int:
+        """Calls from the last refresh to the next."""
+        return round(lane.gap)
 
     def order_in(self, lane: LaneForecast) -> int:
         """Of the extrapolating polynomial."""

@@ -100,15 +100,18 @@ def error(found: Tensor, expected: Tensor) -> float:
 def test_little_noise_holds_the_output_at_equal_intervals() -> None:
     sampler = Sampler(follows)
     sampler.run(40, noise=0.05)
-    assert sampler.kinds == "rrr" + "ssr" * 12 + "r"
+    first, *gaps, last = map(len, sampler.kinds.split("r"))
+    assert (first, last, gaps[:2]) == (0, 0, [0, 0])
+    assert set(gaps[2:-1]) == {2, 3} and gaps.count(3) <= 2, "3.1 calls are 3, now and then 4"
 
 
-@pytest.mark.parametrize(("tolerance", "gap"), [(0.04, 2), (0.14, 4), (0.3, 5)])
-def test_the_tolerance_sets_the_interval_under_noise(tolerance: float, gap: int) -> None:
+@pytest.mark.parametrize(("tolerance", "gap"), [(0.04, 2.2), (0.07, 2.9), (0.14, 4.1), (0.3, 5)])
+def test_the_tolerance_sets_the_interval_under_noise(tolerance: float, gap: float) -> None:
     sampler = Sampler(follows, tolerance=tolerance)
-    sampler.run(60, noise=0.05)
-    pattern = "s" * (gap - 1) + "r"
-    assert pattern * 5 in sampler.kinds and pattern + "s" * gap not in sampler.kinds
+    sampler.run(90, noise=0.05)
+    skipped = [len(part) for part in sampler.kinds.split("r")[3:-2]]
+    assert set(skipped) <= {math.floor(gap) - 1, math.ceil(gap) - 1}
+    assert abs(sum(skipped) / len(skipped) + 1 - gap) < 0.1
 
 
 def test_the_corrector_pays_back_what_a_held_output_missed_under_noise() -> None:

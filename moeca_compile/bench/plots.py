@@ -41,7 +41,7 @@ def draw_pareto(summaries: Sequence[Summary], path: Path) -> None:
     columns = min(len(pairs), COLUMNS)
     lines = math.ceil(len(pairs) / COLUMNS)
     figure = Figure(figsize=(5.2 * columns, 4.2 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     policies = list(dict.fromkeys(s.policy for s in summaries if s.policy != FULL))
     for axis, pair in zip(axes, pairs):
         points = [
@@ -51,7 +51,7 @@ def draw_pareto(summaries: Sequence[Summary], path: Path) -> None:
         ]
         _panel(axis, points, policies)
         axis.set_title(", ".join(pair))
-    for axis in list(axes)[len(pairs) :]:
+    for axis in axes[len(pairs) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=120)
 

@@ -37,7 +37,7 @@ def test_one_graph_from_the_second_call_on(idiom: str) -> None:
     assert op_counts(counter.graphs[-1])["select_experts"] == layers
 
 
-@pytest.mark.parametrize("idiom", ["I4", "I7"])
+@pytest.mark.parametrize("idiom", ["I7", pytest.param("I4", marks=pytest.mark.slow)])
 def test_another_routing_in_the_captured_graph(idiom: str) -> None:
     """Sizes that were seen while capturing are not part of the graph."""
     model = make(idiom, depth=1)

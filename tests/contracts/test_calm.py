@@ -106,7 +106,7 @@ def test_training_mode_and_back(
         assert [r.kind for r in ran[3:]].count("reuse") >= 2, f"caching is back, round {round}"
 
 
-@pytest.mark.parametrize("idiom", ["I1", "I8"])
+@pytest.mark.parametrize("idiom", ["I8", pytest.param("I1", marks=pytest.mark.slow)])
 def test_strict_in_the_wrong_mode(plain_graphs: list[str], idiom: str) -> None:
     model, calls = tiny(idiom)
     compiled = torch.compile(model, backend="moeca", options={"policy": "moeca", "strict": True})

@@ -32,6 +32,7 @@ class Case:
     moe, attention: layers and paired attention regions that must match. gap: what is missing
     although the model has it; empty when nothing is. view: the float64 reference can follow it.
     sample, condition: names of the arguments that hold the noisy sample and the conditioning.
+    captures: 2 where the first forward leaves a table in the module: Dynamo compiles once more.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     condition: str
     gap: str = ""
     view: bool = False
+    captures: int = 1
     tolerance: float = 1e-5
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -84,7 +84,8 @@ def test_whole_exact_and_fresh(without_any_kernels: None, case: Case) -> None:
         ran = step(compiled, call)
         kinds.append(ran.kind)
         assert error_of(ran, model, call) <= case.tolerance
-    assert kinds == ["refresh", "reuse", "reuse", "reuse", "refresh"]
+    again = case.captures - 1  # each capture has caches of its own
+    assert kinds == (["refresh"] * again + ["refresh", "reuse", "reuse", "reuse", "refresh"])[:5]
     with torch.compiler.set_stance("fail_on_recompile"):
         new = step(compiled, calls[0])  # a generation begins
         other = step(compiled, other_condition(calls[1], case.condition))  # another lane

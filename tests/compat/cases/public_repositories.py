@@ -60,10 +60,19 @@ def make(repository: str, folder: str, name: str, *, depth: int = 1, **parameter
 
 
 def case(
-    name: str, source: str, idiom: str, file: tuple[str, str], *, gap: str = "", **parameters: Any
+    name: str,
+    source: str,
+    idiom: str,
+    file: tuple[str, str],
+    *,
+    gap: str = "",
+    captures: int = 1,
+    **parameters: Any,
 ) -> Case:
     make_it = partial(make, source.split("/")[1], *file, **parameters)
-    return Case(name, source, idiom, make_it, 1, 1, sample="x", condition="y", gap=gap)
+    return Case(
+        name, source, idiom, make_it, 1, 1, sample="x", condition="y", gap=gap, captures=captures
+    )
 
 
 CASES = [
@@ -82,8 +91,9 @@ CASES = [
         "I2",
         ("DSMoE/models", "models_DSMoE"),
         MoE_config=Config(GROUPED),
-        rope_type="1d",
+        rope_type="1d",  # its table is stored by the first forward
         enable_gqa=True,
+        captures=2,
     ),
     case(
         "DiffMoE",

@@ -15,7 +15,7 @@ B samples, N tokens each, T = B * N in sample-major order, K slots, E experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from reference_layer import refresh_layer, reuse_attention_first, reuse_router_first
 from reference_options import MethodOptions, ReferenceOptions
 from reference_state import Forced, LayerCall, LayerState, Pairs, ReferenceLayer
-from reference_views import view_of
+from reference_views import ModelView, view_of
 
 __all__ = ["Forced", "Reference", "ReferenceOptions", "ReferenceStep"]
 
@@ -54,7 +54,7 @@ class Reference:
     """Float64 copy of a model, run step by step with the rules of the method.
 
     tolerance: how close to the edge of its selection rule a branch counts as a near tie. uncached:
-    numbers of the layers that are computed in full at every step.
+    numbers of the layers that are computed in full at every step. view: how to take it apart.
     Raises TypeError for a model of unknown layout.
     """
 
@@ -64,11 +64,12 @@ class Reference:
         options: MethodOptions | None = None,
         tolerance: float = 1e-6,
         uncached: Sequence[int] = (),
+        view: Callable[[nn.Module], ModelView] = view_of,
     ) -> None:
         self.uncached = frozenset(uncached)
         self.options: MethodOptions = ReferenceOptions() if options is None else options
         self.tolerance = tolerance
-        self.view = view_of(copy.deepcopy(model).double())
+        self.view = view(copy.deepcopy(model).double())
         self.lanes: dict[object, Lane] = {}
 
     def reset(self) -> None:

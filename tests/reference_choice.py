@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from reference_select import (
     top_per_sample,
 )
 from reference_state import Forced, LayerCall, Pairs, pairs_of
-from reference_views import IdiomModelView
+from reference_views import IdiomModelView, ModelView
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,18 @@ class ChoiceStep:
 
 
 class ChoiceReference:
-    """Float64 copy of an idiom with expert choice, run step by step."""
+    """Float64 copy of a model with expert choice, run step by step; view: how to take it apart."""
 
     def __init__(
-        self, model: nn.Module, options: MethodOptions, pooled: bool, tolerance: float = 1e-6
+        self,
+        model: nn.Module,
+        options: MethodOptions,
+        pooled: bool,
+        tolerance: float = 1e-6,
+        view: Callable[[nn.Module], ModelView] = IdiomModelView,
     ) -> None:
         self.options, self.pooled, self.tolerance = options, pooled, tolerance
-        self.view = IdiomModelView(copy.deepcopy(model).double())
+        self.view = view(copy.deepcopy(model).double())
         self._states: dict[int, ChoiceRecord] = {}
 
     @torch.no_grad()
@@ -118,7 +123,7 @@ class ChoiceLayer:
 
     def picks(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """chosen and weights [T, E] for the experts' input u [T, D]."""
-        return self.block.block.moe.picks(u.view(*self.call.x.shape[:2], -1))  # type: ignore[attr-defined]
+        return self.block.picks(u.view(*self.call.x.shape[:2], -1))  # type: ignore[attr-defined]
 
     def experts(self, u: Tensor) -> Tensor:
         """[T, E, D]"""

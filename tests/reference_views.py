@@ -59,6 +59,14 @@ class BlockView(Protocol):
         ...
 
 
+class ChoiceBlockView(BlockView, Protocol):
+    """A block whose experts pick tokens; without `route` and `top_k`."""
+
+    def picks(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Who has whom, and the weights, zero elsewhere: [B, N, Din] -> [T, E] each."""
+        ...
+
+
 class ModelView(Protocol):
     """A whole denoiser: embed, blocks, finish."""
 
@@ -102,6 +110,9 @@ class IdiomBlockView:
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.block.moe.route(rows, self.labels)
+
+    def picks(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block.moe.picks(rows)
 
     def expert(self, index: int, rows: Tensor) -> Tensor:
         return self.block.moe.one_expert(index, rows)

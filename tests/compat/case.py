@@ -1,6 +1,6 @@
 """What one third-party model of the compatibility suite is made of.
 
-CASE = Case("Mixtral block", "transformers", "I2", make, moe=2, attention=2, view=True)
+CASE = Case("Mixtral block", "transformers", "I2", make, moe=2, attention=2, view=view_of)
 model, calls = CASE.build()          # tiny, seeded, no weight zero; calls of one generation
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compat.checkouts import commit
 from moeca_compile.debug.compat_suite import Absent
+from reference_views import ModelView
 
 Call = dict[str, Any]
 Built = tuple[nn.Module, list[Call]]
@@ -30,7 +31,8 @@ class Case:
 
     source: the distribution it is installed from, or "owner/repository" of a local checkout.
     moe, attention: layers and paired attention regions that must match. gap: what is missing
-    although the model has it; empty when nothing is. view: the float64 reference can follow it.
+    although the model has it; empty when nothing is. view: how the float64 reference takes
+    it apart; None where it cannot.
     sample, condition: names of the arguments that hold the noisy sample and the conditioning.
     captures: 2 where the first forward leaves a table in the module: Dynamo compiles once more.
     """
@@ -44,7 +46,7 @@ class Case:
     sample: str
     condition: str
     gap: str = ""
-    view: bool = False
+    view: Callable[[nn.Module], ModelView] | None = None
     captures: int = 1
     tolerance: float = 1e-5
     options: dict[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ import torch
 
 from compat.case import Built, Case, falling, fill
 from compat.checkouts import load
+from compat.public_views import expert_choice_view, token_choice_view
 
 STEPS = 8
 
@@ -69,9 +70,18 @@ def case(
     captures: int = 1,
     **parameters: Any,
 ) -> Case:
-    make_it = partial(make, source.split("/")[1], *file, **parameters)
     return Case(
-        name, source, idiom, make_it, 1, 1, sample="x", condition="y", gap=gap, captures=captures
+        name,
+        source,
+        idiom,
+        partial(make, source.split("/")[1], *file, **parameters),
+        moe=1,
+        attention=1,
+        sample="x",
+        condition="y",
+        gap=gap,
+        view=expert_choice_view if idiom in ("I5", "I7") else token_choice_view,
+        captures=captures,
     )
 
 

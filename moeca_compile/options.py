@@ -133,6 +133,10 @@ class Options:
     """Inductor's mode, as `torch.compile(mode=...)`, which takes no options beside it. Default
     None: none. A name, no unit (ours)."""
 
+    compile_repeats: bool = True
+    """Compile blocks that repeat, from three on, once for all of them; see lowering/pieces.py. Not
+    with CUDA graphs. False: each variant as one graph. Default True, no unit (ours)."""
+
     strict: bool = False
     """Raise where the backend would otherwise fall back to plain Inductor and say so.
     Default False, no unit (ours)."""
@@ -287,7 +291,7 @@ class Options:
         self._set(name, float(value))
 
     def _texts(self) -> None:
-        for name in ("strict", "corrector"):
+        for name in ("strict", "corrector", "compile_repeats"):
             if not isinstance(value := getattr(self, name), bool):
                 raise _type_error(name, "True or False", value)
         if self.timestep is not None and not isinstance(self.timestep, str):

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ..debug.dump import Dumper
+from ..graph.retrace import fake_like
 from ..options import Options
 from ..passes.insert_cache import VariantInputs, variant_outputs
 from ..passes.reuse_inputs import allowed_counts
@@ -20,6 +22,7 @@ from ..pipeline import Analysis
 from ..runtime.inputs import is_weight
 from ..torch_compat import compiles_kernels, inductor, mark_static
 from .lower import lower, trace
+from .pieces import compile_in_pieces
 
 # Moving reads of a cache behind the writes would make Inductor clone the cache: keep the order.
 KEEP_ORDER = {"reorder_for_locality": False}
@@ -38,6 +41,7 @@ class Variants:
         on_cuda = any(s.device.type == "cuda" for s in analysis.plan.layout.specs)
         self.fixed_counts = on_cuda and bool(config.get("triton.cudagraphs"))
         self.compile_seconds: dict[str, float] = {}
+        self.pieces: dict[str, str] = {}  # of variants not compiled whole: what they are made of
         self._config = config
         self._compiled: dict[str, Callable[..., Any]] = {}
 
@@ -125,5 +129,17 @@ class Variants:
             return self.dialect(variant)[0]
         graph, fakes = self.lowered(variant)
         config = {**KEEP_ORDER, **self._config} if variant == "reuse" else self._config
-        mark_static(graph, self.static_inputs(variant))
-        return inductor(graph, fakes, self.analysis.aten.fake_mode, config)
+        static = self.static_inputs(variant)
+
+        def compile_one(gm: GraphModule, inputs: list[Any], stay: set[int]) -> Callable[..., Any]:
+            mark_static(gm, stay)
+            mode = self.analysis.aten.fake_mode
+            return inductor(gm, [fake_like(mode, i) for i in inputs], mode, config)
+
+        if self.options.compile_repeats and not self._config.get("triton.cudagraphs"):
+            pieces = compile_in_pieces(graph, static, compile_one)
+            if pieces is not None:
+                self.pieces[variant] = pieces.summary
+                self.dumper.text(f"{variant}.pieces", pieces.summary + "\n")
+                return pieces
+        return compile_one(graph, fakes, static)

@@ -116,9 +116,12 @@ def variant_outputs(
     reuse = _install(evaluator, plan, options, variant, extra, evidence)
     # Layer by layer, so that the recursion never gets deeper than one layer.
     ends = {region.combine for region in (*(p.region for p in plan.layers), *plan.left_out)}
+    counted = {layer.region.combine: layer for layer in reuse}
     for node in gm.graph.nodes:
         if node in ends:
             evaluator.value(node)
+        if node in counted:
+            counted[node].counters()
     outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
     if variant == "refresh":
         for times in (name for layer in plan.layers for name in layer.times):

@@ -1,0 +1,212 @@
+"""Finding what a graph does again and again: the blocks of a denoiser, to be compiled once for all.
+
+    p q | a b c | a b c | a b c | y z      nodes in order; equal letters do the same to other values
+    ->  Group([p q]), Group([a b c] three times), Group([y z])
+
+Two runs do the same if node by node op and constants are equal, and every argument either is the
+same node of its own run, or comes from outside in both. Nothing is asked about names or modules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node, map_arg
+
+MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
+MIN_LENGTH = 16  # nodes
+PERIODS = 16  # distances between equal nodes that are tried, the commonest first
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of nodes that do the same. operands: what each run takes from outside of it, slot by
+    slot; results: positions in a run whose values are used outside of it, in any of the runs."""
+
+    runs: tuple[tuple[Node, ...], ...]
+    operands: tuple[tuple[Node, ...], ...]
+    results: tuple[int, ...]
+
+
+def find_groups(graph: Graph) -> list[Group] | None:
+    """All computing nodes of the graph in order, or None where nothing repeats or cannot be cut.
+
+    A cut is only made through tensors of constant size: sizes that depend on the data stay inside.
+    """
+    order = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    if any(n.op != "call_function" for n in order):
+        return None
+    parts = _parts(order)
+    if all(len(runs) == 1 for runs in parts):
+        return None
+    groups = [_group(runs) for runs in parts]
+    if any(g is None for g in groups):
+        return None
+    found = [g for g in groups if g is not None]
+    return found if all(_can_be_cut(g) for g in found) else None
+
+
+def _parts(order: Sequence[Node]) -> list[tuple[tuple[Node, ...], ...]]:
+    """Runs that repeat, and what is before, between and behind them as runs of their own."""
+    if not order:
+        return []
+    for start, length, count in _candidates(order):
+        end = start + count * length
+        runs = tuple(tuple(order[i : i + length]) for i in range(start, end, length))
+        if _group(runs) is not None:
+            return [*_parts(order[:start]), runs, *_parts(order[end:])]
+    return [(tuple(order),)]
+
+
+def _candidates(order: Sequence[Node]) -> list[tuple[int, int, int]]:
+    """(start, length, count) of what looks like runs, those that save most nodes first."""
+    labels = [_label(n) for n in order]
+    places: dict[Any, list[int]] = defaultdict(list)
+    for i, label in enumerate(labels):
+        places[label].append(i)
+    gaps = Counter(b - a for found in places.values() for a, b in zip(found, found[1:]))
+    periods = [gap for gap, _ in gaps.most_common() if gap >= MIN_LENGTH][:PERIODS]
+    found = []
+    for length in periods:
+        for begin, end in _stretches(labels, length):
+            count = (end - begin) // length
+            if count >= MIN_RUNS:
+                slack = (end - begin) - count * length
+                start = min(
+                    range(begin, begin + slack + 1), key=lambda s: _crossing(order, s, length)
+                )
+                found.append((start, length, count))
+    return sorted(found, key=lambda c: (-c[1] * (c[2] - 1), c[1]))
+
+
+def _stretches(labels: Sequence[Any], length: int) -> list[tuple[int, int]]:
+    """Longest [begin, end) in which every label is that of `length` places before or behind it."""
+    found, begin = [], None
+    for i in range(len(labels) - length + 1):
+        equal = i + length < len(labels) and labels[i] == labels[i + length]
+        if equal and begin is None:
+            begin = i
+        elif not equal and begin is not None:
+            found.append((begin, i + length))
+            begin = None
+    return found
+
+
+def _crossing(order: Sequence[Node], start: int, length: int) -> float:
+    """Bytes that the first run hands on; infinite where it cannot be cut there."""
+    run = order[start : start + length]
+    inside = set(run)
+    crossing = [n for n in run if any(user not in inside for user in n.users)]
+    return sum(_bytes(n) for n in crossing)
+
+
+def _bytes(node: Node) -> float:
+    value = _fixed(node)
+    return float("inf") if value is None else value.numel() * value.element_size()
+
+
+def _fixed(node: Node) -> Tensor | None:
+    """The node's fake value if it is a tensor of constant size."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    constant = all(type(size) is int for size in (*value.shape, *value.stride()))
+    return value if constant else None
+
+
+def _label(node: Node) -> tuple[Any, str]:
+    """What the node does, whatever it does it to."""
+    return node.target, repr(map_arg((node.args, node.kwargs), lambda _: _ANY))  # type: ignore[arg-type]
+
+
+class _Any:
+    def __repr__(self) -> str:
+        return "*"
+
+
+_ANY = _Any()
+
+
+def _group(runs: tuple[tuple[Node, ...], ...]) -> Group | None:
+    """The runs with what they take and give; None where they do not do the same."""
+    places = [{node: i for i, node in enumerate(run)} for run in runs]
+    slots: dict[tuple[Node, ...], None] = {}
+    for nodes in zip(*runs, strict=True):
+        if any(_label(n) != _label(nodes[0]) for n in nodes[1:]):
+            return None
+        for given in zip(*(inputs_of(n) for n in nodes), strict=True):
+            at = {place.get(n) for place, n in zip(places, given, strict=True)}
+            if len(at) > 1:
+                return None
+            if at == {None}:
+                slots[given] = None
+    if not all(_alike(given) for given in slots):
+        return None
+    results = {
+        i
+        for run, place in zip(runs, places, strict=True)
+        for i, node in enumerate(run)
+        if any(user not in place for user in node.users)
+    }
+    operands = tuple(zip(*slots, strict=True)) if slots else tuple(() for _ in runs)
+    return Group(runs, operands, tuple(sorted(results)))
+
+
+def inputs_of(node: Node) -> list[Node]:
+    """Every node among the arguments, as often and in the order as it stands there."""
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), found.append)  # type: ignore[arg-type]
+    return found
+
+
+def _alike(given: Sequence[Node]) -> bool:
+    """Whether one compiled run may take all of these in one place."""
+    if len(set(given)) == 1:
+        return True
+    kinds = {_kind(n) for n in given}
+    return len(kinds) == 1 and None not in kinds
+
+
+def _kind(node: Node) -> Any:
+    value = _fixed(node)
+    if node.op == "get_attr" or value is None:
+        return None
+    return value.dtype, value.device, tuple(value.shape), value.stride(), value.requires_grad
+
+
+def _can_be_cut(group: Group) -> bool:
+    """Whether only tensors of constant size go in and out, and what is written is nowhere else."""
+    crossing = [n for given in group.operands for n in given]
+    crossing += [run[i] for run in group.runs for i in group.results]
+    if not all(n.op == "get_attr" or _fixed(n) is not None for n in crossing):
+        return False
+    return all(_writes_apart(*each) for each in zip(group.runs, group.operands, strict=True))
+
+
+def _writes_apart(run: Sequence[Node], operands: Sequence[Node]) -> bool:
+    """Whether no two operands share memory that the run writes to."""
+    written = {storage for node in run for storage in map(_storage, _written(node))}
+    given = Counter(_storage(n) for n in operands)
+    return all(given[storage] <= 1 for storage in written)
+
+
+def _written(node: Node) -> list[Node]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = zip(schema.arguments, node.args)
+    pairs = [*named, *((a, node.kwargs[a.name]) for a in schema.arguments if a.name in node.kwargs)]
+    return [n for a, n in pairs if a.is_write and isinstance(n, Node)]
+
+
+def _storage(node: Node) -> Any:
+    """What two values have in common that share memory, as far as tracing saw it."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return node
+    return torch.multiprocessing.reductions.StorageWeakRef(value.untyped_storage())

@@ -1,0 +1,238 @@
+"""Blocks that repeat are compiled once: same outputs, and only where it is sure to be the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import moeca_compile.lowering.variants as variants_module
+from graph_runs import compile_model, only_entry, use_graph_level
+from idioms import make, trajectory
+from moeca_compile.graph.retrace import fake_like
+from moeca_compile.lowering.pieces import compile_in_pieces
+from moeca_compile.lowering.repeats import find_groups
+from moeca_compile.torch_compat import new_fake_mode
+
+DEPTH = 4
+QUICK = ("attention_first",)
+ROWS: dict[str, Any] = {"interval": 3, "budget": 0.3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "auto": {"tolerance": 1.0},
+    "attention_first": {**ROWS, "order": "attention_first"},
+    "router_first": ROWS,
+    "threshold": {"interval": 3},
+    "slopes": {**ROWS, "forecast_order": 1},
+    "layers": {"policy": "taylorseer", "interval": 3},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS]
+)
+def test_outputs_are_those_of_one_graph(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    check(monkeypatch, "I1", OPTIONS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("idiom", ["I2", "I5", "I7"])
+def test_of_other_dispatches(monkeypatch: pytest.MonkeyPatch, idiom: str) -> None:
+    check(monkeypatch, idiom, OPTIONS["attention_first"])
+
+
+def check(monkeypatch: pytest.MonkeyPatch, idiom: str, options: dict[str, Any]) -> None:
+    """Bit by bit over two generations; every variant but those without layers is in pieces."""
+    use_graph_level(monkeypatch)
+    model = make(idiom, num_experts=4, depth=DEPTH, shared=True)
+    calls = trajectory(model, 4, dx=0.05)
+    outputs = []
+    for compile_repeats in (True, False):
+        torch._dynamo.reset()
+        compiled = compile_model(model, calls[0], **options, compile_repeats=compile_repeats)
+        with torch.no_grad():
+            outputs.append([compiled(*call) for call in (*calls, *calls[:2])])
+        variants = only_entry(compiled).variants
+        assert bool(variants.pieces) == compile_repeats
+        assert not compile_repeats or set(variants.pieces) == set(variants.compile_seconds) - {
+            "skip"
+        }
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_a_variant_is_three_or_four_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[int] = []  # of each graph that is compiled
+
+    def count(gm: GraphModule, *_: Any) -> GraphModule:
+        nodes.append(sum(n.op == "call_function" for n in gm.graph.nodes))
+        return gm
+
+    monkeypatch.setattr(variants_module, "inductor", count)
+    sizes = {}
+    for depth in (4, 6):
+        torch._dynamo.reset()
+        model = make("I1", num_experts=4, depth=depth)
+        call = trajectory(model, 1)[0]
+        nodes.clear()
+        with torch.no_grad():
+            compile_model(model, call, **OPTIONS["attention_first"])(*call)
+        sizes[depth] = list(nodes)
+    assert len(sizes[4]) == len(sizes[6]) == 3
+    assert sizes[6][:2] == sizes[4][:2]
+    assert sum(sizes[6]) <= sum(sizes[4]) + 6  # counts of two more layers are told apart
+
+
+def traced(function: Any, *inputs: Tensor) -> GraphModule:
+    mode = new_fake_mode()
+    with torch.no_grad(), mode:
+        fakes = [fake_like(mode, i) for i in inputs]
+        return make_fx(function, pre_dispatch=True)(*fakes)
+
+
+def block(x: Tensor, w: Tensor, scale: float = 2.0) -> Tensor:
+    for i in range(8):
+        x = torch.tanh(x @ w) * (scale + i) + x
+    return x
+
+
+def weights(count: int) -> list[Tensor]:
+    return [torch.randn(4, 4) for _ in range(count)]
+
+
+def lengths(gm: GraphModule) -> list[tuple[int, int]] | None:
+    groups = find_groups(gm.graph)
+    return None if groups is None else [(len(g.runs), len(g.runs[0])) for g in groups]
+
+
+def run_in_pieces(gm: GraphModule, *inputs: Tensor) -> Any:
+    pieces = compile_in_pieces(gm, set(), lambda graph, *_: graph)
+    assert pieces is not None
+    return pieces(*inputs)
+
+
+def test_blocks_with_something_around_them() -> None:
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor, int, Tensor]:
+        y = x.sin()
+        for each in w:
+            y = block(y, each)
+        return y.cos(), 3, x
+
+    given = [torch.randn(2, 4), *weights(4)]
+    gm = traced(model, *given)
+    assert lengths(gm) == [(1, 1), (4, 32), (1, 1)]
+    found = run_in_pieces(gm, *given)
+    assert torch.equal(found[0], model(*given)[0])
+    assert found[1] == 3
+    assert found[2] is given[0]
+
+
+def test_two_kinds_of_blocks() -> None:
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for each in w[:3]:
+            x = block(x, each)
+        for each in w[3:]:
+            x = block(x, each, scale=3.0).relu()
+        return (x,)
+
+    given = [torch.randn(2, 4), *weights(7)]
+    gm = traced(model, *given)
+    assert lengths(gm) == [(3, 32), (4, 33)]
+    assert torch.equal(run_in_pieces(gm, *given)[0], model(*given)[0])
+
+
+def test_two_blocks_are_left_in_one_graph() -> None:
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor]:
+        return (block(block(x, w[0]), w[1]),)
+
+    assert lengths(traced(model, torch.randn(2, 4), *weights(2))) is None
+
+
+def test_a_constant_that_differs_is_not_a_repeat() -> None:
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for number, each in enumerate(w):
+            x = block(x, each, scale=number + 0.5)
+        return (x,)
+
+    assert lengths(traced(model, torch.randn(2, 4), *weights(4))) is None
+
+
+def test_other_sizes_are_not_a_repeat() -> None:
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for each in w:
+            x = block(x, each) @ each[:, :3].new_ones(4, 4)
+        return (x,)
+
+    mixed = [torch.randn(4, 4), torch.randn(4, 4).t(), torch.randn(4, 4), torch.randn(4, 4).t()]
+    assert lengths(traced(model, torch.randn(2, 4), *mixed)) is None
+
+
+def test_a_value_used_twice_here_and_once_there() -> None:
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for i in range(3):
+            x = block(x, w[i]) + w[3 if i else i]
+        return (x,)
+
+    given = [torch.randn(4, 4), *weights(4)]
+    gm = traced(model, *given)
+    assert lengths(gm) == [(3, 33)]
+    assert torch.equal(run_in_pieces(gm, *given)[0], model(*given)[0])
+
+
+def test_writes_stay_in_order_and_reach_the_inputs() -> None:
+    def model(x: Tensor, *given: Tensor) -> tuple[Tensor]:
+        for w, kept in zip(given[:4], given[4:], strict=True):
+            x = block(x, w) + kept
+            kept.copy_(x)
+        return (x,)
+
+    given = [torch.randn(2, 4), *weights(4), *(torch.randn(2, 4) for _ in range(4))]
+    gm = traced(model, *given)
+    expected = [g.clone() for g in given]
+    out = model(*expected)
+    assert torch.equal(run_in_pieces(gm, *given)[0], out[0])
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+def test_written_memory_that_comes_in_twice_is_left_in_one_graph() -> None:
+    def model(x: Tensor, kept: Tensor, *w: Tensor) -> tuple[Tensor]:
+        half = kept[:2]
+        for each in w:
+            x = block(x, each) + half
+            kept.copy_(kept + 1)
+        return (x,)
+
+    assert lengths(traced(model, torch.randn(2, 4), torch.zeros(4, 4), *weights(4))) is None
+
+
+def test_sizes_from_the_data_do_not_cross_a_border() -> None:
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for each in w:
+            rows = (x[:, 0] > 0).nonzero().flatten()
+            x = block(x, each).index_add(0, rows, x[rows])
+        return (x,)
+
+    given = [torch.randn(6, 4), *weights(4)]
+    gm = traced(model, *given)
+    groups = find_groups(gm.graph)
+    assert groups is not None
+    assert max(len(g.runs) for g in groups) >= 3
+    assert torch.equal(run_in_pieces(gm, *given)[0], model(*given)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_with_inductor() -> None:
+    model = make("I1", num_experts=4, depth=4)
+    calls = trajectory(model, 4, dx=0.05)
+    outputs = []
+    for compile_repeats in (True, False):
+        torch._dynamo.reset()
+        options = {**OPTIONS["attention_first"], "compile_repeats": compile_repeats}
+        compiled = compile_model(model, calls[0], **options)
+        with torch.no_grad():
+            outputs.append([compiled(*call).clone() for call in (*calls, *calls[:2])])
+    for a, b in zip(*outputs, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-5

@@ -1,17 +1,19 @@
 """The default: the model's output is forecast; what a sampler's noise undoes, layers are held for.
 
-    ODE                  refresh skip skip refresh ...           linear forecast, error bound
-    a little noise       refresh skip skip refresh ...           output held, every N calls
-    much noise           refresh forecast forecast refresh ...   layers held (FORA), every N calls
-    few, large steps     refresh refresh refresh ...
+    ODE                    refresh skip skip refresh ...           linear forecast, error bound
+    noise, rectified flow  refresh skip skip refresh ...           output held, every N calls
+    noise, other models    refresh forecast forecast refresh ...   layers held (FORA), every N calls
+    few, large steps       refresh refresh refresh ...
 
 Which one it is shows at every refresh. Along an ODE one move of the sample points where the last
 one did (cosine near 1), noise turns it (near 0). Under noise the output follows each step's noise,
 so its slope says nothing and its error does not tell how far a forecast may go: the interval is
 fixed by the tolerance. What the held output missed grew as a random walk from one refresh to the
 next; half-way it is half known afterwards (a Brownian bridge), and the corrector of
-`output_forecast` pays it back. Where the first noisy step moves the output by more than MAX_HELD,
-a held output misses too much of the sample; layers are held instead, they see each sample.
+`output_forecast` pays it back. That wants a sampler that steps along the output, as those of a
+rectified flow do. Samplers of noise prediction weigh it by the timestep and often clip the clean
+image; there layers are held, which see each sample. A flow is recognised by what its output is:
+the clean image x - t v stays as smooth as anything fitted to the output's response (FLOW_MARGIN).
 Measured on the trained models of `examples/`; docs/quality.md has the figures.
 """
 
@@ -22,8 +24,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeca_compile.policies.output_forecast import LaneForecast, OutputForecastPolicy
-from moeca_compile.policies.predictors import Gram
+from moeca_compile.policies.predictors import Gram, make_predictor
 from moeca_compile.policies.protocol import Decision, Kind, Stored
+from moeca_compile.policies.taylorseer import abscissa
 
 if TYPE_CHECKING:
     from moeca_compile.options import Options
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.08  # of the output's relative forecast error, where the options give none
 NOISY_GAP = 11.0  # calls from refresh to refresh under noise, times the root of the tolerance
-MAX_HELD = 0.5  # relative change of the output in the first noisy step up to which it is held
+# Error of the clean image over that of the fitted response: 0.6 to 1.0 was seen for flows, 2.0 to
+# 5 for noise prediction.
+FLOW_MARGIN = 1.4
+LATE = 0.2  # of the gap: where layers are held, how much shorter it is at first and longer at last
 MAX_WIDTH = 0.05  # of a noisy step, over the highest noise level: wider steps are all computed
 
 
@@ -49,8 +55,8 @@ class AutoPolicy(OutputForecastPolicy):
         return Stored(layers=1, outputs=super().stores(options).outputs)
 
     def between(self, lane: LaneForecast) -> Decision:
-        """Skip along an ODE and under a little noise; hold layers, where there are any, else."""
-        if not lane.noisy or lane.held_change <= MAX_HELD:
+        """Skip along an ODE and in a flow; hold layers, where there are any, else."""
+        if not lane.noisy or lane.flow:
             return Decision("skip", "policy")
         if "forecast" in self.available:
             return Decision("forecast", "noisy_sampler")
@@ -60,14 +66,19 @@ class AutoPolicy(OutputForecastPolicy):
         """Under noise the gap is kept on average: 2.5 is 2, 3, 2, 3 calls. No error corrects it."""
         if not lane.noisy or lane.gap <= 1.0:
             return super().distance(lane)
-        return min(round(lane.gap + lane.owed), self.interval)
+        return min(round(_wanted(lane) + lane.owed), self.interval)
 
     def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
         """As `output_forecast`; held layers take the weight 1."""
-        lane = self._lane(step.lane)
-        if kind == "refresh" and lane.noisy and lane.gap > 1.0:
-            owed = lane.owed + lane.gap - (lane.calls + 1)
-            lane.owed = max(-1.0, min(1.0, owed))
+        lane, now = self._lane(step.lane), abscissa(step)
+        if kind == "refresh":
+            lane.tells_flow = tuple(
+                make_predictor(each, 0, lane.trail, now, self._depth, lane.gain)
+                for each in ("clean", "response")
+            )
+            if lane.noisy and lane.gap > 1.0:
+                owed = lane.owed + _wanted(lane) - (lane.calls + 1)
+                lane.owed = max(-1.0, min(1.0, owed))
         found = super().mix(step, kind)
         return (1.0,) if kind == "forecast" else found
 
@@ -79,9 +90,9 @@ class AutoPolicy(OutputForecastPolicy):
             return
         if self.options.prediction == "auto":
             state.chosen = None  # what fits noise best is biased where the image is made
-        if math.isinf(state.held_change):
-            # a random walk grows with the root of its steps
-            state.held_change = gram.change() / math.sqrt(state.span)
+        clean, response = (math.inf if p is None else gram.error(p) for p in state.tells_flow)
+        if math.isfinite(clean) and math.isfinite(response):
+            state.flow = clean <= FLOW_MARGIN * response
         state.gap = self._noisy_gap() if _steps_are_small(state) else 1.0
 
     def order_in(self, lane: LaneForecast) -> int:
@@ -96,6 +107,15 @@ class AutoPolicy(OutputForecastPolicy):
         assert self.tolerance is not None
         wanted = max(2.0, NOISY_GAP * math.sqrt(self.tolerance))
         return min(wanted, float(self.interval))
+
+
+def _wanted(lane: LaneForecast) -> float:
+    """Calls from refresh to refresh under noise. Held layers are refreshed more often early, where
+    an error makes another picture, and as much less often late, where it changes details."""
+    if lane.flow:
+        return lane.gap
+    progress = 1.0 - min(1.0, abs(lane.before) / lane.highest)
+    return max(2.0, lane.gap * (1.0 + LATE * (2.0 * progress - 1.0)))
 
 
 def _steps_are_small(lane: LaneForecast) -> bool:

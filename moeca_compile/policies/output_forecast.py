@@ -57,7 +57,8 @@ class LaneForecast:
     chosen: tuple[str, int] | None = None
     error: float = math.nan
     gain: float = 0.0
-    held_change: float = math.inf  # of the output in one step, when noise was recognised
+    flow: bool = False  # whether the output is the velocity of a rectified flow, as "auto" sees it
+    tells_flow: tuple[Predictor | None, ...] = (None, None)
     highest: float = 0.0  # timestep
     before: float = math.inf  # timestep of the last call
     noisy: bool | None = None  # whether the sampler adds noise; None: not known yet

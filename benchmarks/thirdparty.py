@@ -4,7 +4,7 @@
     moeca bench benchmarks/thirdparty.py:joint_eighth --steps 12
 
 joint: HiDream's image transformer, joint text-image blocks and then blocks over one stream. pool:
-NucleusMoE's, expert choice: recognised, not cached, so its rows show what `interval=1` costs.
+NucleusMoE's, expert choice.
 Weights are random, none is zero. Without diffusers the command ends with a line that says so.
 """
 

@@ -37,7 +37,6 @@ NOISY_GAP = 11.0  # calls from refresh to refresh under noise, times the root of
 # Error of the clean image over that of the fitted response: 0.6 to 1.0 was seen for flows, 2.0 to
 # 5 for noise prediction.
 FLOW_MARGIN = 1.4
-LATE = 0.2  # of the gap: where layers are held, how much shorter it is at first and longer at last
 MAX_WIDTH = 0.05  # of a noisy step, over the highest noise level: wider steps are all computed
 
 
@@ -63,10 +62,15 @@ class AutoPolicy(OutputForecastPolicy):
         return Decision("refresh", "noisy_sampler")
 
     def distance(self, lane: LaneForecast) -> int:
-        """Under noise the gap is kept on average: 2.5 is 2, 3, 2, 3 calls. No error corrects it."""
-        if not lane.noisy or lane.gap <= 1.0:
+        """A held output's gap is kept on average, 2.5 is 2, 3, 2, 3 calls: no error corrects it.
+        Held layers err more than in proportion to their gap, so theirs does not vary."""
+        if not (lane.noisy and lane.flow) or lane.gap <= 1.0:
             return super().distance(lane)
-        return min(round(_wanted(lane) + lane.owed), self.interval)
+        return min(round(lane.gap + lane.owed), self.interval)
+
+    def makes_up(self, lane: LaneForecast) -> bool:
+        """Held layers owe nothing that a refresh could make up for."""
+        return lane.flow or not lane.noisy
 
     def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
         """As `output_forecast`; held layers take the weight 1."""
@@ -76,8 +80,8 @@ class AutoPolicy(OutputForecastPolicy):
                 make_predictor(each, 0, lane.trail, now, self._depth, lane.gain)
                 for each in ("clean", "response")
             )
-            if lane.noisy and lane.gap > 1.0:
-                owed = lane.owed + _wanted(lane) - (lane.calls + 1)
+            if lane.noisy and lane.flow and lane.gap > 1.0:
+                owed = lane.owed + lane.gap - (lane.calls + 1)
                 lane.owed = max(-1.0, min(1.0, owed))
         found = super().mix(step, kind)
         return (1.0,) if kind == "forecast" else found
@@ -107,15 +111,6 @@ class AutoPolicy(OutputForecastPolicy):
         assert self.tolerance is not None
         wanted = max(2.0, NOISY_GAP * math.sqrt(self.tolerance))
         return min(wanted, float(self.interval))
-
-
-def _wanted(lane: LaneForecast) -> float:
-    """Calls from refresh to refresh under noise. Held layers are refreshed more often early, where
-    an error makes another picture, and as much less often late, where it changes details."""
-    if lane.flow:
-        return lane.gap
-    progress = 1.0 - min(1.0, abs(lane.before) / lane.highest)
-    return max(2.0, lane.gap * (1.0 + LATE * (2.0 * progress - 1.0)))
 
 
 def _steps_are_small(lane: LaneForecast) -> bool:

@@ -68,10 +68,6 @@ class AutoPolicy(OutputForecastPolicy):
             return super().distance(lane)
         return min(round(lane.gap + lane.owed), self.interval)
 
-    def makes_up(self, lane: LaneForecast) -> bool:
-        """Held layers owe nothing that a refresh could make up for."""
-        return lane.flow or not lane.noisy
-
     def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
         """As `output_forecast`; held layers take the weight 1."""
         lane, now = self._lane(step.lane), abscissa(step)

@@ -91,7 +91,7 @@ class OutputForecastPolicy(Policy):
             return Decision("skip", "same_timestep")
         if lane.refreshes < self._needed:
             return Decision("refresh", "history")
-        if self.makes_up(lane) and _ends(lane, abscissa(step)):
+        if _ends(lane, abscissa(step)):
             return Decision("refresh", "last_step")
         if lane.calls + 1 >= self.distance(lane):
             return Decision("refresh", "error_bound" if self.tolerance is not None else "interval")
@@ -102,10 +102,6 @@ class OutputForecastPolicy(Policy):
     def distance(self, lane: LaneForecast) -> int:
         """Calls from the last refresh to the next."""
         return round(lane.gap)
-
-    def makes_up(self, lane: LaneForecast) -> bool:
-        """Whether a refresh pays for skipped steps: if so the last step has to be one."""
-        return True
 
     def order_in(self, lane: LaneForecast) -> int:
         """Of the extrapolating polynomial."""

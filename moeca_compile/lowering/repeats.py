@@ -153,7 +153,11 @@ def _group(runs: tuple[tuple[Node, ...], ...]) -> Group | None:
         for i, node in enumerate(run)
         if any(user not in place for user in node.users)
     }
-    operands = tuple(zip(*slots, strict=True)) if slots else tuple(() for _ in runs)
+    # In the graph's order: what a piece writes, AOTAutograd writes back in the order of its inputs,
+    # and a history moves on oldest first.
+    place_of = {node: i for i, node in enumerate(runs[0][0].graph.nodes)}
+    ordered = sorted(slots, key=lambda given: place_of[given[0]])
+    operands = tuple(zip(*ordered, strict=True)) if ordered else tuple(() for _ in runs)
     return Group(runs, operands, tuple(sorted(results)))
 
 

@@ -15,7 +15,7 @@ B samples, N tokens each, T = B * N in sample-major order, K slots, E experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from reference_layer import refresh_layer, reuse_attention_first, reuse_router_first
 from reference_options import MethodOptions, ReferenceOptions
 from reference_state import Forced, LayerCall, LayerState, Pairs, ReferenceLayer
-from reference_views import ModelView, view_of
+from reference_views import View, view_of
 
 __all__ = ["Forced", "Reference", "ReferenceOptions", "ReferenceStep"]
 
@@ -64,7 +64,7 @@ class Reference:
         options: MethodOptions | None = None,
         tolerance: float = 1e-6,
         uncached: Sequence[int] = (),
-        view: Callable[[nn.Module], ModelView] = view_of,
+        view: View = view_of,
     ) -> None:
         self.uncached = frozenset(uncached)
         self.options: MethodOptions = ReferenceOptions() if options is None else options

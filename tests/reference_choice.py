@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from reference_select import (
     top_per_sample,
 )
 from reference_state import Forced, LayerCall, Pairs, pairs_of
-from reference_views import IdiomModelView, ModelView
+from reference_views import IdiomModelView, View
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,9 @@ class ChoiceReference:
     """Float64 copy of a model with expert choice, run step by step; view: how to take it apart."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        options: MethodOptions,
-        pooled: bool,
-        tolerance: float = 1e-6,
-        view: Callable[[nn.Module], ModelView] = IdiomModelView,
+        self, model: nn.Module, options: MethodOptions, pooled: bool, view: View = IdiomModelView
     ) -> None:
-        self.options, self.pooled, self.tolerance = options, pooled, tolerance
+        self.options, self.pooled, self.tolerance = options, pooled, 1e-6
         self.view = view(copy.deepcopy(model).double())
         self._states: dict[int, ChoiceRecord] = {}
 

@@ -9,7 +9,7 @@ of the weights; casts to float32 inside the models' routers are left out on purp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -80,6 +80,9 @@ class ModelView(Protocol):
     def finish(self, h: Tensor, c: Tensor) -> Tensor:
         """Token stream to the model's output."""
         ...
+
+
+View = Callable[[nn.Module], ModelView]
 
 
 class IdiomBlockView:

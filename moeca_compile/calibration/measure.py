@@ -37,7 +37,7 @@ FLOPS, WALL = "flops", "wall"
 METRICS = (FLOPS, WALL)
 _IN_ROW_GRAPHS = (
     "score", "order", "tau", "alpha", "beta", "lambda_drift", "lambda_share", "cache_dtype",
-    "max_cache_bytes",
+    "max_cache_bytes", "compile_repeats",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def graph_key(options: Options) -> Hashable:
     """What of the options is built into graphs; the rest `CompiledEntry.steer` changes."""
     stored = find_policy(options.policy).stores(options)
     if not stored.rows:
-        return stored, options.timestep, options.max_cache_bytes
+        return stored, options.timestep, options.max_cache_bytes, options.compile_repeats
     built_in = tuple(getattr(options, name) for name in _IN_ROW_GRAPHS)
     selector = find_policy(options.policy).selector(options)
     return stored, options.timestep, options.budget is None, selector, built_in

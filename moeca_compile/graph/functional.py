@@ -121,7 +121,7 @@ def _by_storage(gm: GraphModule) -> dict[int, list[Node]]:
         # Dropout that is off returns its input, but the fake kernel makes a new tensor.
         seen = node.args[0] if node.target is aten.dropout.default else node
         for value in _tensors(seen):
-            found.setdefault(_storage(value), []).append(node)
+            found.setdefault(storage_of(value), []).append(node)
     return found
 
 
@@ -129,7 +129,8 @@ def _tensors(node: Node) -> list[Tensor]:
     return [v for v in leaves(node.meta.get("val"))[0] if isinstance(v, Tensor)]
 
 
-def _storage(value: Tensor) -> int:
+def storage_of(value: Tensor) -> int:
+    """Equal for tensors that share memory."""
     return StorageWeakRef(value.untyped_storage()).cdata
 
 
@@ -142,7 +143,7 @@ def _check_aliases(
     """known: an alias whose later readers are taken care of."""
     written = node.args[0]
     assert isinstance(written, Node)
-    for alias in aliases[_storage(written.meta["val"])]:
+    for alias in aliases[storage_of(written.meta["val"])]:
         if alias.op == "placeholder":
             raise Mutation(f"{node.target} writes to an input of the model", node)
         if alias is known or order.get(alias, order[node]) >= order[node]:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, Node, map_arg
+
+from ..graph.functional import storage_of
 
 MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
 MIN_LENGTH = 16  # nodes
@@ -41,26 +42,26 @@ def find_groups(graph: Graph) -> list[Group] | None:
     order = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     if any(n.op != "call_function" for n in order):
         return None
-    parts = _parts(order)
-    if all(len(runs) == 1 for runs in parts):
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    groups = _groups(order, position)
+    if all(len(g.runs) == 1 for g in groups):
         return None
-    groups = [_group(runs) for runs in parts]
-    if any(g is None for g in groups):
-        return None
-    found = [g for g in groups if g is not None]
-    return found if all(_can_be_cut(g) for g in found) else None
+    return groups if all(_can_be_cut(g) for g in groups) else None
 
 
-def _parts(order: Sequence[Node]) -> list[tuple[tuple[Node, ...], ...]]:
+def _groups(order: Sequence[Node], position: dict[Node, int]) -> list[Group]:
     """Runs that repeat, and what is before, between and behind them as runs of their own."""
     if not order:
         return []
     for start, length, count in _candidates(order):
         end = start + count * length
         runs = tuple(tuple(order[i : i + length]) for i in range(start, end, length))
-        if _group(runs) is not None:
-            return [*_parts(order[:start]), runs, *_parts(order[end:])]
-    return [(tuple(order),)]
+        if group := _group(runs, position):
+            before, behind = order[:start], order[end:]
+            return [*_groups(before, position), group, *_groups(behind, position)]
+    alone = _group((tuple(order),), position)
+    assert alone is not None  # one run does the same as itself
+    return [alone]
 
 
 def _candidates(order: Sequence[Node]) -> list[tuple[int, int, int]]:
@@ -132,8 +133,12 @@ class _Any:
 _ANY = _Any()
 
 
-def _group(runs: tuple[tuple[Node, ...], ...]) -> Group | None:
-    """The runs with what they take and give; None where they do not do the same."""
+def _group(runs: tuple[tuple[Node, ...], ...], position: dict[Node, int]) -> Group | None:
+    """The runs with what they take and give; None where they do not do the same.
+
+    Operands stand in the graph's order, by `position`: what a piece writes, AOTAutograd writes back
+    in the order of its inputs, and a history moves on oldest first.
+    """
     places = [{node: i for i, node in enumerate(run)} for run in runs]
     slots: dict[tuple[Node, ...], None] = {}
     for nodes in zip(*runs, strict=True):
@@ -153,10 +158,7 @@ def _group(runs: tuple[tuple[Node, ...], ...]) -> Group | None:
         for i, node in enumerate(run)
         if any(user not in place for user in node.users)
     }
-    # In the graph's order: what a piece writes, AOTAutograd writes back in the order of its inputs,
-    # and a history moves on oldest first.
-    place_of = {node: i for i, node in enumerate(runs[0][0].graph.nodes)}
-    ordered = sorted(slots, key=lambda given: place_of[given[0]])
+    ordered = sorted(slots, key=lambda given: position[given[0]])
     operands = tuple(zip(*ordered, strict=True)) if ordered else tuple(() for _ in runs)
     return Group(runs, operands, tuple(sorted(results)))
 
@@ -213,4 +215,4 @@ def _storage(node: Node) -> Any:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return node
-    return torch.multiprocessing.reductions.StorageWeakRef(value.untyped_storage())
+    return storage_of(value)

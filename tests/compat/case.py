@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compat.checkouts import commit
 from moeca_compile.debug.compat_suite import Absent
-from reference_views import ModelView
+from reference_views import View
 
 Call = dict[str, Any]
 Built = tuple[nn.Module, list[Call]]
@@ -46,7 +46,7 @@ class Case:
     sample: str
     condition: str
     gap: str = ""
-    view: Callable[[nn.Module], ModelView] | None = None
+    view: View | None = None
     captures: int = 1
     tolerance: float = 1e-5
     options: dict[str, Any] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .alike import same_kinds, same_method
 from .branches import Branches, drop_branches
 from .fewer_rows import fewer_rows
 from .host_reads import HostRead, Place
@@ -34,6 +35,39 @@ class Outcome:
     capture: ModuleCapture
     method: Method | None = None
     found: Found | None = None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A method that may hold the dispatch to the bank of `site`, and what it was seen to take.
+
+    definition: its code without branches on empty selections, if it has any.
+    """
+
+    site: Site
+    method: Method
+    recorded: Recorded
+    definition: ast.FunctionDef | None
+
+    @property
+    def bank_path(self) -> tuple[str, ...]:
+        below = self.site.bank.path[len(self.method.path) :].strip(".")
+        return tuple(below.split(".")) if below else ()
+
+    def subject(self, recorded: Recorded, whole: Recorded | None = None) -> Subject:
+        """To be experimented on with arguments `recorded`; `whole`: what they are a part of."""
+        return Subject(self.site, self.method, self.bank_path, recorded, self.definition, whole)
+
+    def repeats(self, other: _Case) -> bool:
+        """Whether this is the same code as `other`, called alike; only values differ."""
+        banks = self.site.bank.size == other.site.bank.size and self.bank_path == other.bank_path
+        code = self.definition == other.definition or (
+            self.definition is not None
+            and other.definition is not None
+            and ast.dump(self.definition) == ast.dump(other.definition)
+        )
+        same = banks and code and same_kinds(self.recorded, other.recorded)
+        return same and same_method(self.method, other.method)
 
 
 @dataclass(frozen=True)
@@ -61,7 +95,8 @@ def analyse(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
     observation = with_stacked_sites(root, args, kwargs, observe(root, args, kwargs))
     branches = drop_branches(root, args, kwargs, observation)
     sites = [site for site in observation.sites if site.routed or site.uneven]
-    dispatches = tuple(_analyse_site(site, observation, branches) for site in sites)
+    proven: list[tuple[_Case, Outcome]] = []
+    dispatches = tuple(_analyse_site(site, observation, branches, proven) for site in sites)
     done = {_key(o.method) for o in dispatches if o.method is not None}
     others = [_branch_outcome(b) for b in branches if _key(b.method) not in done]
     done |= {_key(o.method) for o in others if o.method is not None}
@@ -110,7 +145,13 @@ def _gone(place: Place, outcome: Outcome) -> bool:
     return place.code is method.function.__code__ and place.line not in found.kept_lines
 
 
-def _analyse_site(site: Site, observation: Observation, branches: tuple[Branches, ...]) -> Outcome:
+def _analyse_site(
+    site: Site,
+    observation: Observation,
+    branches: tuple[Branches, ...],
+    proven: list[tuple[_Case, Outcome]],
+) -> Outcome:
+    """Decide on one bank. proven: dispatches that were found so far; this one is added."""
     obstacle = _obstacle(site)
     if obstacle:
         return _refused(site, obstacle)
@@ -120,47 +161,55 @@ def _analyse_site(site: Site, observation: Observation, branches: tuple[Branches
             site.bank.container
         ):
             break
+        recorded = observation.arguments.get(id(method.module))
+        if recorded is None or method.obstacle:
+            unseen = f"{method.attribute}: the arguments of its module were not seen"
+            refusals.append(Refused(method.obstacle, 1) if recorded else Refused(unseen))
+            continue
         definition = next((b.definition for b in branches if b.method == method), None)
-        outcome = _try_mechanisms(site, method, observation, definition)
+        case = _Case(site, method, recorded, definition)
+        outcome = _as_before(case, proven) or _try_mechanisms(case)
         if isinstance(outcome, Outcome):
+            proven.append((case, outcome))
             return outcome
         refusals.append(outcome)
     furthest = max(refusals, key=lambda refusal: refusal.progress)
     return _refused(site, furthest.reason)
 
 
-def _try_mechanisms(
-    site: Site, method: Method, observation: Observation, definition: ast.FunctionDef | None
-) -> Outcome | Refused:
-    recorded = observation.arguments.get(id(method.module))
-    name = method.attribute
-    if recorded is None:
-        return Refused(f"{name}: the arguments of its module were not seen")
-    if method.obstacle:
-        return Refused(method.obstacle, 1)
-    few = fewer_rows(recorded, site.bank.size)
+def _as_before(case: _Case, proven: list[tuple[_Case, Outcome]]) -> Outcome | None:
+    """The replacement of a dispatch that `case` repeats, if it holds on the recorded input too."""
+    for before, outcome in proven:
+        found = outcome.found
+        if found is None or not case.repeats(before):
+            continue
+        part = fewer_rows(case.recorded, case.site.bank.size)
+        try:
+            differs = case.subject(part or case.recorded).differs_as_recorded(found.replacement)
+        except Exception:  # user code runs here; the full analysis will say what is wrong
+            return None
+        if not differs:
+            return _accepted(case, outcome.capture.mechanism, found, like=before.method.path)
+    return None
+
+
+def _try_mechanisms(case: _Case) -> Outcome | Refused:
+    few = fewer_rows(case.recorded, case.site.bank.size)
     if few is not None:
-        outcome = _try_on(site, method, few, definition, whole=recorded)
+        outcome = _try_on(case, few, whole=case.recorded)
         if isinstance(outcome, Outcome):
             return outcome
-    return _try_on(site, method, recorded, definition)
+    return _try_on(case, case.recorded)
 
 
-def _try_on(
-    site: Site,
-    method: Method,
-    recorded: Recorded,
-    definition: ast.FunctionDef | None,
-    whole: Recorded | None = None,
-) -> Outcome | Refused:
-    name, best = method.attribute, Refused("")
+def _try_on(case: _Case, recorded: Recorded, whole: Recorded | None = None) -> Outcome | Refused:
+    name, best = case.method.attribute, Refused("")
     try:
-        path = _relative(site.bank.path, method.path)
-        subject = Subject(site, method, path, recorded, definition, whole)
+        subject = case.subject(recorded, whole)
         for mechanism, capture in _MECHANISMS:
             outcome = capture(subject)
             if isinstance(outcome, Found):
-                return _accepted(site, method, mechanism, outcome)
+                return _accepted(case, mechanism, outcome)
             if not best.reason or outcome.progress > best.progress:
                 best = Refused(f"{name} ({mechanism}): {outcome.reason}", outcome.progress)
     except Exception as error:  # user code runs here: any failure means "leave it as it is"
@@ -180,11 +229,11 @@ def _obstacle(site: Site) -> str:
     return ""
 
 
-def _accepted(site: Site, method: Method, mechanism: str, found: Found) -> Outcome:
+def _accepted(case: _Case, mechanism: str, found: Found, like: str = "") -> Outcome:
     slots = found.plan.slots if found.plan is not None else 0
-    reason = f"reproduced with {slots} slots per token"
-    experts = site.bank.size
-    capture = ModuleCapture(method.path, experts, mechanism, True, reason, site.location)
+    reason = f"reproduced with {slots} slots per token" + (f", as {like}" if like else "")
+    site, method = case.site, case.method
+    capture = ModuleCapture(method.path, site.bank.size, mechanism, True, reason, site.location)
     return Outcome(capture, method, found)
 
 
@@ -195,8 +244,3 @@ def _refused(site: Site, reason: str) -> Outcome:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _relative(path: str, owner: str) -> tuple[str, ...]:
-    below = path[len(owner) :].strip(".")
-    return tuple(below.split(".")) if below else ()

@@ -100,13 +100,20 @@ class Replay:
 
     def disagreement(self, replacement: Replacement) -> str:
         """Compare the whole owner before and after on every probe; "" or what differed."""
-        for name, arguments in self._probes():
-            expected, expected_error = self._outcome(self.method.declared, arguments)
-            found, found_error = self._outcome(replacement, arguments)
-            if (expected_error is None) != (found_error is None):
-                return f"{name} input: {expected_error or found_error!r} on one side only"
-            if expected_error is None and not close(found, expected):
-                return f"{name} input gives other values than the original dispatch"
+        differences = (self._differs(replacement, *probe) for probe in self._probes())
+        return next(filter(None, differences), "")
+
+    def differs_as_recorded(self, replacement: Replacement) -> bool:
+        """Whether the owner gives other values on the recorded arguments. Raises what it raises."""
+        return not close(self.exact(replacement), self.exact(self.method.declared))
+
+    def _differs(self, replacement: Replacement, name: str, arguments: Any) -> str:
+        expected, expected_error = self._outcome(self.method.declared, arguments)
+        found, found_error = self._outcome(replacement, arguments)
+        if (expected_error is None) != (found_error is None):
+            return f"{name} input: {expected_error or found_error!r} on one side only"
+        if expected_error is None and not close(found, expected):
+            return f"{name} input gives other values than the original dispatch"
         return ""
 
     def _probes(self) -> Iterator[tuple[str, Any]]:

@@ -113,13 +113,16 @@ def variant_outputs(
     if variant == "probe":
         return [], (probe_input(plan.histories, evaluator, extra.caches),)
     evidence: list[Tensor] = []
-    reuse = _install(evaluator, plan, options, variant, extra, evidence)
+    stores: dict[Node, Callable[[], None]] = {}
+    reuse = _install(evaluator, plan, options, variant, extra, evidence, stores)
     # Layer by layer, so that the recursion never gets deeper than one layer.
     ends = {region.combine for region in (*(p.region for p in plan.layers), *plan.left_out)}
     counted = {layer.region.combine: layer for layer in reuse}
     for node in gm.graph.nodes:
         if node in ends:
             evaluator.value(node)
+        if node in stores:
+            stores[node]()
         if node in counted:
             counted[node].counters()
     outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
@@ -152,10 +155,12 @@ def _install(
     variant: str,
     extra: VariantInputs,
     evidence: list[Tensor],
+    stores: dict[Node, Callable[[], None]],
 ) -> list[ReuseLayer]:
     """Replace what the variant does not compute as written; the reuse layers, where it has any.
 
-    evidence: takes what a refresh finds, layer by layer, as the graph is evaluated.
+    evidence: takes what a refresh finds, layer by layer, as the graph is evaluated. stores: takes
+    what is to be stored, to be called behind the node.
     """
     reuse: list[ReuseLayer] = []
     if variant == "forecast":
@@ -166,8 +171,8 @@ def _install(
             reuse.append(_reuse_layer(evaluator, layer, number, options, extra, plan.needed))
             reuse[-1].install()
         else:
-            stores = variant == "refresh" and plan.stored.rows
-            _install_full(evaluator, layer, options, extra.rows if stores else None, evidence)
+            rows = extra.rows if variant == "refresh" and plan.stored.rows else None
+            _install_full(evaluator, layer, options, rows, evidence, stores)
     if variant == "refresh":
         keep_layers(plan.histories, evaluator, extra.caches)
     return reuse
@@ -194,8 +199,13 @@ def _install_full(
     options: Options,
     rows: CachedRows | None,
     evidence: list[Tensor],
+    stores: dict[Node, Callable[[], None]],
 ) -> None:
-    """Every row is computed; with `rows` every row is also stored."""
+    """Every row is computed; with `rows` every row is also stored.
+
+    What lies around the branches is stored behind them: wherever its values come from, layers then
+    look alike and are compiled once (lowering/repeats.py).
+    """
     region = layer.region
     if isinstance(region, ChoiceRegion):
         evaluator.replace(
@@ -208,26 +218,23 @@ def _install_full(
     if rows is None:
         return
 
-    stores: dict[Node, list[Callable[[Tensor], None]]] = {}
+    acts: dict[Node, list[Callable[[Tensor], None]]] = {}
     for attention in layer.attention:
         for cache in (attention.root, *attention.key_value, *attention.own_input):
-            stores.setdefault(cache.root.node, []).append(partial(_fill_rows, rows, cache))
+            acts.setdefault(cache.root.node, []).append(partial(_fill_rows, rows, cache))
     for number, cache in enumerate(layer.shared):
         norms = [rows.caches[layer.name(n)] for n in layer.shared_norms[number : number + 1]]
         store = partial(_fill_rows, rows, cache, norms=norms)
-        stores.setdefault(cache.root.node, []).append(store)
-    for node, actions in stores.items():
-        evaluator.replace(node, partial(_compute_and_store, evaluator, node, actions))
+        acts.setdefault(cache.root.node, []).append(store)
+    stores[region.combine] = partial(_store, evaluator, acts)
 
 
-def _compute_and_store(
-    evaluator: Evaluator, node: Node, actions: Sequence[Callable[[Tensor], None]]
-) -> None:
-    value = evaluator.run_own(node)
-    evaluator.set(node, value)
-    with set_current_meta(node):
-        for act in actions:
-            act(value)
+def _store(evaluator: Evaluator, acts: dict[Node, list[Callable[[Tensor], None]]]) -> None:
+    for node, actions in acts.items():
+        value = evaluator.value(node)
+        with set_current_meta(node):
+            for act in actions:
+                act(value)
 
 
 def _fill_rows(

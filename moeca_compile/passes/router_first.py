@@ -46,13 +46,22 @@ class RouterFirst(ReuseLayer):
             self.evaluator.set(node, value)
 
     def _stale_view(self) -> Callable[[Any], Any]:
-        """The graph with attention as cached, read before anything is written in this step."""
-        changed = {a.root.root.node: self.read(a.root) for a in self.layer.attention}
+        """The graph with attention as cached, read before anything is written in this step.
+
+        What comes from earlier layers is evaluated before it, so that the first and the last layer
+        look like all others and are compiled once with them (lowering/repeats.py).
+        """
+        roots = {a.root.root.node: a.root for a in self.layer.attention}
         below: set[Node] = set()
-        for root in changed:
+        for root in roots:
             below |= descendants(root)
         wanted = [*self.region.routing, *self.region.rows]
-        below &= ancestors(wanted, stop=set(changed))
+        below = (below & ancestors(wanted, stop=set(roots))) - roots.keys()
+        given = {n for node in below for n in node.all_input_nodes} - below - roots.keys()
+        for node in self.evaluator.gm.graph.nodes:
+            if node in given:
+                self.evaluator.value(node)
+        changed = {node: self.read(cache) for node, cache in roots.items()}
         return self.evaluator.view(changed, below)
 
     def _select(self, mask: Tensor) -> TokenRows:

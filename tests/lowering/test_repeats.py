@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -42,13 +43,18 @@ def test_outputs_are_those_of_one_graph(monkeypatch: pytest.MonkeyPatch, name: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("idiom", ["I2", "I5", "I7"])
-def test_of_other_dispatches(monkeypatch: pytest.MonkeyPatch, idiom: str) -> None:
-    check(monkeypatch, idiom, OPTIONS["attention_first"])
+@pytest.mark.parametrize(
+    "idiom, together",
+    [("I2", DEPTH), ("I5", DEPTH), ("I7", DEPTH - 1)],  # I7: the last layer's refresh is apart
+)
+def test_of_other_dispatches(monkeypatch: pytest.MonkeyPatch, idiom: str, together: int) -> None:
+    check(monkeypatch, idiom, OPTIONS["attention_first"], together)
 
 
-def check(monkeypatch: pytest.MonkeyPatch, idiom: str, options: dict[str, Any]) -> None:
-    """Bit by bit over a generation; every variant that has layers is in pieces."""
+def check(
+    monkeypatch: pytest.MonkeyPatch, idiom: str, options: dict[str, Any], together: int = DEPTH
+) -> None:
+    """Bit by bit over a generation; every variant that has layers has them in one piece."""
     use_graph_level(monkeypatch)
     model = make(idiom, num_experts=4, depth=DEPTH, shared=True)
     calls = trajectory(model, 5, dx=0.05)
@@ -57,6 +63,8 @@ def check(monkeypatch: pytest.MonkeyPatch, idiom: str, options: dict[str, Any]) 
         in_pieces = [compiled(*call) for call in calls]
     variants = only_entry(compiled).variants
     assert set(variants.pieces) == set(variants.compile_seconds) - {"skip"}
+    repeats = {v: max(map(int, re.findall(r"(\d+) x", p))) for v, p in variants.pieces.items()}
+    assert min(repeats.values()) >= together, variants.pieces
     variants._compiled.clear()
     variants.pieces.clear()
     variants.options = Options.parse(variants.options, compile_repeats=False)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +19,11 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .calibration.check import check_model
-from .capture import Phase, RootCall, RootRegistry, RootState, wrap_fragment
+from .capture import Phase, RootCall, wrap_fragment
 from .capture.install import keeps_host_reads
-from .capture.recapture import Recapture
 from .capture.roots import entry_codes
 from .capture.stacked import may_dispatch
 from .debug.dump import Dumper
-from .errors import UnsupportedError
 from .graph.gradients import strip_no_grad
 from .graph.retrace import Untraceable
 from .lowering.variants import Variants
@@ -34,50 +31,35 @@ from .options import Options
 from .passes.count_flops import count_costs
 from .pipeline import Analysis, analyse
 from .reasons import (
-    NAME_ONE,
     NO_LAYER,
     changing_number,
     first_line,
     unsupported,
     why_no_layer,
-    why_refused,
-    wrong_mode,
 )
+from .request import RECAPTURE, ROOTS, Request, refused_state
 from .runtime.entry import CompiledEntry
 from .runtime.inputs import find_roles
-from .runtime.registry import REGISTRY, Settings
+from .runtime.registry import REGISTRY
 from .torch_compat import (
     OpenSize,
-    compiles_kernels,
     guard_identity,
-    inductor_fallback,
     mode_options,
     traced_frame,
 )
+from .uncached import (
+    TOLD,
+    Fragment,
+    inductor_later,
+    report_no_timestep,
+    report_plain,
+    report_refused,
+    run_plain,
+)
 
 log = logging.getLogger(__name__)
-ROOTS = RootRegistry()
-RECAPTURE = Recapture(ROOTS, calls_of=REGISTRY.calls_of, on_lift=REGISTRY.release)
 MAX_SHAPES = 16  # each has kernels and rows of its own; a number in no tensor's shape would go on
 TOO_MANY = f"called with more than {MAX_SHAPES} sets of sizes"
-_TOLD: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one backend call is to compile for. config: Inductor's; settings: as the user gave them.
-
-    The model is held weakly: compiled code outlives models and must keep none alive.
-    """
-
-    options: Options
-    config: dict[str, Any] = field(default_factory=dict)
-    settings: Settings = field(default_factory=dict)
-    owner: weakref.ref[nn.Module] | None = None
-
-    @property
-    def root(self) -> nn.Module | None:
-        return self.owner() if self.owner is not None else None
 
 
 def moeca(
@@ -120,7 +102,7 @@ moeca._moeca_backend = True  # type: ignore[attr-defined]  capture acts for this
 def _reset() -> None:
     REGISTRY.clear()
     ROOTS.forget()
-    _TOLD.clear()
+    TOLD.clear()
 
 
 moeca.reset = _reset  # type: ignore[attr-defined]  called by torch._dynamo.reset()
@@ -133,27 +115,15 @@ def _compile(
         return Fragment(gm, request)
     reason = unsupported(inputs) or changing_number(gm, inputs, request.options)
     dynamic = any(isinstance(v, (int, torch.SymInt)) for v in inputs)
-    if dynamic and not reason and _refused(request.root) is None:
+    if dynamic and not reason and refused_state(request.root) is None:
         _serve_only(request.root)
         return PerShape(gm, inputs, request)
     found = reason or (NO_LAYER if dynamic else _entry(gm, inputs, request))
     if isinstance(found, str):
-        _report_plain(found, request)
-        return _plain(gm, inputs, request)
+        report_plain(found, request)
+        return run_plain(gm, inputs, request)
     _serve_only(request.root)
     return found
-
-
-def _plain(gm: GraphModule, inputs: Sequence[Any], request: Request) -> Callable[..., Any]:
-    """Plain Inductor. A graph with sizes known at run time only, which capture asked for, runs as
-    it is where Inductor cannot compile it."""
-    try:
-        return inductor_fallback(gm, list(inputs), request.config)
-    except Exception as error:
-        if not keeps_host_reads(request.root):
-            raise
-        log.warning("not compiled, the graph runs as it is: %s", first_line(error))
-        return gm.forward
 
 
 def _serve_only(root: nn.Module | None) -> None:
@@ -173,28 +143,6 @@ def _undecided(call: RootCall) -> bool:
     deciding = state is None or state.phase in (Phase.NEW, Phase.INSTALLED)
     possible = not torch.is_grad_enabled() and not root.training and bool(may_dispatch(root))
     return piece and deciding and possible
-
-
-class Fragment:
-    """A piece of a model that is about to be captured whole: run as it is, once.
-
-    If the capture fails, or the piece turns out to lie beside the captured graph, it stays in use
-    and Inductor compiles it at its next call.
-    """
-
-    def __init__(self, gm: GraphModule, request: Request):
-        self._gm = gm
-        self._request = request
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        if self._compiled is None:
-            root = self._request.root
-            if _refused(root) is None and not RECAPTURE.runs_beside(root):
-                return self._gm.forward(*args)
-            _report_plain(NO_LAYER, self._request)
-            self._compiled = _inductor_later(self._gm, self._request)
-        return self._compiled(*args)
 
 
 class PerShape:
@@ -221,18 +169,11 @@ class PerShape:
         full = len(self._entries) >= MAX_SHAPES
         found = TOO_MANY if full else _entry(self._gm, args, self._request)
         if isinstance(found, str):
-            _report_plain(found, self._request)
-            self._uncached = _inductor_later(self._gm, self._request)
+            report_plain(found, self._request)
+            self._uncached = inductor_later(self._gm, self._request)
             return self._uncached
         self._entries[key] = found
         return found
-
-
-def _inductor_later(gm: GraphModule, request: Request) -> Callable[..., Any]:
-    """Plain Inductor for a graph whose own backend call is over."""
-    if not compiles_kernels():
-        return gm.forward
-    return torch.compile(gm, backend="inductor", options=request.config or None)
 
 
 def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> CompiledEntry | str:
@@ -253,9 +194,9 @@ def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> Compiled
     if dense and not _whole_step(analysis, options):
         return why_no_layer(analysis)
     roles = find_roles(analysis.aten, options.timestep)
-    _check_timestep(roles.timestep, roles.names, analysis, options)
+    report_no_timestep(roles.timestep, roles.names, analysis, options)
     if reason := analysis.plan.histories.refused:
-        _report_refused(reason, request)
+        report_refused(reason, request)
     variants = Variants(analysis, options, request.config, dumper)
     costs = count_costs(analysis.aten, analysis.plan, options)
     entry = CompiledEntry(variants, options, roles, costs, root)
@@ -279,73 +220,3 @@ def _whole_step(analysis: Analysis, options: Options) -> bool:
         return False
     roles = find_roles(analysis.aten, options.timestep)
     return roles.timestep is not None and roles.sample is not None
-
-
-def _report_refused(reason: str, request: Request) -> None:
-    options = request.options
-    message = f"policy {options.policy!r}: the model's output cannot be forecast: {reason}"
-    if options.strict:
-        raise UnsupportedError(f"strict=True: {message}; choose another policy")
-    log.warning(message)
-
-
-def _report_plain(reason: str, request: Request) -> None:
-    """Say once per model and reason that plain Inductor runs; with `strict=True` raise.
-
-    A piece of a model that was captured elsewhere, or whose end is still to come, is none of the
-    user's business.
-    """
-    root = request.root
-    refused = _refused(root)
-    if reason == NO_LAYER and root is not None and may_dispatch(root):
-        reason = wrong_mode(root) or reason  # the dispatch is captured in neither
-    if reason == NO_LAYER and (state := _with_refusals(root)) is not None:
-        reason = why_refused(state)
-    elif refused is not None:
-        reason = why_refused(refused)
-    elif reason == NO_LAYER and _has_more(root):
-        log.debug("plain Inductor: %s", reason)
-        return
-    if reason == NO_LAYER and not request.options.policy_named:
-        reason = f"{NO_LAYER}; {NAME_ONE}"
-    if request.options.strict:
-        raise UnsupportedError(f"strict=True: this graph cannot be cached: {reason}")
-    told = _TOLD.setdefault(root, set()) if root is not None else set()
-    if reason not in told:
-        log.warning("plain Inductor: %s", reason)
-        told.add(reason)
-
-
-def _has_more(root: nn.Module | None) -> bool:
-    """Whether the graph at hand is a piece, and a cached layer is in or may be in another one."""
-    frame = traced_frame()
-    return (frame is not None and frame.breaks) or (root is not None and REGISTRY.holds(root))
-
-
-def _refused(root: nn.Module | None) -> RootState | None:
-    """The state of a model whose dispatch could not be captured; None while or if it could."""
-    state = ROOTS.find(root) if root is not None else None
-    return state if state is not None and state.phase is Phase.REFUSED else None
-
-
-def _with_refusals(root: nn.Module | None) -> RootState | None:
-    """The state of a model that comes as one graph although a dispatch could not be replaced."""
-    state = ROOTS.find(root) if root is not None else None
-    if state is None or state.phase is not Phase.CAPTURED or state.report is None:
-        return None
-    return state if any(not m.accepted for m in state.report.modules) else None
-
-
-def _check_timestep(
-    found: int | None, names: Sequence[str], analysis: Analysis, options: Options
-) -> None:
-    if found is not None or options.interval == 1 or not analysis.plan.variants:
-        return
-    message = (
-        f"no timestep among the tensor arguments {list(names)}: name it with "
-        'options={"timestep": ...} or sample inside moeca_compile.generation(compiled); '
-        "without either every step is a refresh"
-    )
-    if options.strict:
-        raise UnsupportedError(f"strict=True: {message}")
-    log.warning(message)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import moeca_compile.backend as backend_module
+import moeca_compile.uncached as uncached_module
 from graph_runs import use_graph_level
 
 
@@ -33,6 +34,7 @@ def plain_graphs(graph_level: None) -> Iterator[list[str]]:
         return gm.forward
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend_module, "inductor_fallback", at_once)
-        patch.setattr(backend_module, "_inductor_later", later)
+        patch.setattr(uncached_module, "inductor_fallback", at_once)
+        for module in (backend_module, uncached_module):
+            patch.setattr(module, "inductor_later", later)
         yield made

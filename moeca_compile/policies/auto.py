@@ -1,19 +1,21 @@
 """The default: the model's output is forecast; what a sampler's noise undoes, layers are held for.
 
     ODE                    refresh skip skip refresh ...           linear forecast, error bound
-    noise, rectified flow  refresh skip skip refresh ...           output held, every N calls
+    noise, rectified flow  refresh skip skip refresh ...           output held, by its pace
     noise, other models    refresh forecast forecast refresh ...   layers held (FORA), every N calls
     few, large steps       refresh refresh refresh ...
 
 Which one it is shows at every refresh. Along an ODE one move of the sample points where the last
 one did (cosine near 1), noise turns it (near 0). Under noise the output follows each step's noise,
-so its slope says nothing and its error does not tell how far a forecast may go: the interval is
-fixed by the tolerance. What the held output missed grew as a random walk from one refresh to the
+so its slope says nothing. What a held output missed grew as a random walk from one refresh to the
 next; half-way it is half known afterwards (a Brownian bridge), and the corrector of
-`output_forecast` pays it back. That wants a sampler that steps along the output, as those of a
+`output_forecast` pays it back. The gap is that at which the walk, as fast as it was between the
+last refreshes, reaches a bound set by the tolerance: short where the picture is decided and where
+it is finished, long in between. That wants a sampler that steps along the output, as those of a
 rectified flow do. Samplers of noise prediction weigh it by the timestep and often clip the clean
-image; there layers are held, which see each sample. A flow is recognised by what its output is:
-the clean image x - t v stays as smooth as anything fitted to the output's response (FLOW_MARGIN).
+image; there layers are held, which see each sample, at equal gaps. A flow is recognised by what its
+output is: the clean image x - t v stays as smooth as anything fitted to the output's response
+(FLOW_MARGIN).
 Measured on the trained models of `examples/`; docs/quality.md has the figures.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from moeca_compile.policies.output_forecast import LaneForecast, OutputForecastPolicy
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.session import StepInfo
 
 TOLERANCE = 0.08  # of the output's relative forecast error, where the options give none
-NOISY_GAP = 11.0  # calls from refresh to refresh under noise, times the root of the tolerance
+# Under noise, gap = constant * sqrt(tolerance), for a held output over its change in one call.
+FLOW_GAP = 1.5
+LAYER_GAP = 11.0
+LEAST_CHANGE = 1e-6  # relative
 # Error of the clean image over that of the fitted response: 0.6 to 1.0 was seen for flows, 2.0 to
 # 5 for noise prediction.
 FLOW_MARGIN = 1.4
@@ -61,13 +67,6 @@ class AutoPolicy(OutputForecastPolicy):
             return Decision("forecast", "noisy_sampler")
         return Decision("refresh", "noisy_sampler")
 
-    def distance(self, lane: LaneForecast) -> int:
-        """A held output's gap is kept on average, 2.5 is 2, 3, 2, 3 calls: no error corrects it.
-        Held layers err more than in proportion to their gap, so theirs does not vary."""
-        if not (lane.noisy and lane.flow) or lane.gap <= 1.0:
-            return super().distance(lane)
-        return min(round(lane.gap + lane.owed), self.interval)
-
     def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
         """As `output_forecast`; held layers take the weight 1."""
         lane, now = self._lane(step.lane), abscissa(step)
@@ -76,9 +75,6 @@ class AutoPolicy(OutputForecastPolicy):
                 make_predictor(each, 0, lane.trail, now, self._depth, lane.gain)
                 for each in ("clean", "response")
             )
-            if lane.noisy and lane.flow and lane.gap > 1.0:
-                owed = lane.owed + lane.gap - (lane.calls + 1)
-                lane.owed = max(-1.0, min(1.0, owed))
         found = super().mix(step, kind)
         return (1.0,) if kind == "forecast" else found
 
@@ -86,6 +82,9 @@ class AutoPolicy(OutputForecastPolicy):
         """As `output_forecast`; under noise the gap does not follow the error."""
         super().measured(lane, numbers)
         state, gram = self._lane(lane), Gram(self._depth, tuple(numbers))
+        if state.refreshes > 1 and math.isfinite(change := gram.change()):
+            pace = max(change, LEAST_CHANGE) / math.sqrt(state.span)
+            state.paces = (*state.paces[-1:], pace)
         if not state.noisy:
             return
         if self.options.prediction == "auto":
@@ -93,7 +92,7 @@ class AutoPolicy(OutputForecastPolicy):
         clean, response = (math.inf if p is None else gram.error(p) for p in state.tells_flow)
         if math.isfinite(clean) and math.isfinite(response):
             state.flow = clean <= FLOW_MARGIN * response
-        state.gap = self._noisy_gap() if _steps_are_small(state) else 1.0
+        state.gap = self._noisy_gap(state) if _steps_are_small(state) else 1.0
 
     def order_in(self, lane: LaneForecast) -> int:
         """A slope between two noisy outputs is noise: they are held."""
@@ -103,10 +102,12 @@ class AutoPolicy(OutputForecastPolicy):
         """Under noise, too."""
         return lane.noisy is not None
 
-    def _noisy_gap(self) -> float:
+    def _noisy_gap(self, lane: LaneForecast) -> float:
         assert self.tolerance is not None
-        wanted = max(2.0, NOISY_GAP * math.sqrt(self.tolerance))
-        return min(wanted, float(self.interval))
+        wanted = LAYER_GAP * math.sqrt(self.tolerance)
+        if lane.flow and lane.paces:
+            wanted = FLOW_GAP * math.sqrt(self.tolerance) / geometric_mean(lane.paces)
+        return min(max(2.0, wanted), float(self.interval))
 
 
 def _steps_are_small(lane: LaneForecast) -> bool:

@@ -50,7 +50,6 @@ class LaneForecast:
     refreshes: int = 0
     span: int = 1  # calls from the last refresh but one to the last
     gap: float = 1.0
-    owed: float = 0.0  # calls by which refreshes came earlier than the gaps asked for
     calls: int = 0  # since the last refresh
     skipped: list[tuple[float, Predictor]] = field(default_factory=list)
     asked: dict[tuple[str, int], Predictor] = field(default_factory=dict)
@@ -59,6 +58,7 @@ class LaneForecast:
     gain: float = 0.0
     flow: bool = False  # whether the output is the velocity of a rectified flow, as "auto" sees it
     tells_flow: tuple[Predictor | None, ...] = (None, None)
+    paces: tuple[float, ...] = ()  # relative change over the root of the calls, last two refreshes
     highest: float = 0.0  # timestep
     before: float = math.inf  # timestep of the last call
     noisy: bool | None = None  # whether the sampler adds noise; None: not known yet
@@ -93,15 +93,11 @@ class OutputForecastPolicy(Policy):
             return Decision("refresh", "history")
         if _ends(lane, abscissa(step)):
             return Decision("refresh", "last_step")
-        if lane.calls + 1 >= self.distance(lane):
+        if lane.calls + 1 >= round(lane.gap):
             return Decision("refresh", "error_bound" if self.tolerance is not None else "interval")
         if self._predictor(lane, abscissa(step)) is None:
             return Decision("refresh", "no_forecast")
         return self.between(lane)
-
-    def distance(self, lane: LaneForecast) -> int:
-        """Calls from the last refresh to the next."""
-        return round(lane.gap)
 
     def order_in(self, lane: LaneForecast) -> int:
         """Of the extrapolating polynomial."""

@@ -2,20 +2,20 @@
 
     ODE                    refresh skip skip refresh ...           linear forecast, error bound
     noise, rectified flow  refresh skip skip refresh ...           output held, by its pace
-    noise, other models    refresh forecast forecast refresh ...   layers held (FORA), every N calls
+    noise, other models    refresh forecast forecast refresh ...   layers held, by the output's pace
     few, large steps       refresh refresh refresh ...
 
 Which one it is shows at every refresh. Along an ODE one move of the sample points where the last
 one did (cosine near 1), noise turns it (near 0). Under noise the output follows each step's noise,
 so its slope says nothing. What a held output missed grew as a random walk from one refresh to the
 next; half-way it is half known afterwards (a Brownian bridge), and the corrector of
-`output_forecast` pays it back. The gap is that at which the walk, as fast as it was between the
-last refreshes, reaches a bound set by the tolerance: short where the picture is decided and where
-it is finished, long in between. That wants a sampler that steps along the output, as those of a
+`output_forecast` pays it back. That wants a sampler that steps along the output, as those of a
 rectified flow do. Samplers of noise prediction weigh it by the timestep and often clip the clean
-image; there layers are held, which see each sample, at equal gaps. A flow is recognised by what its
-output is: the clean image x - t v stays as smooth as anything fitted to the output's response
-(FLOW_MARGIN).
+image; there layers are held (FORA), which see each sample. A flow is recognised by what its output
+is: the clean image x - t v stays as smooth as anything fitted to the output's response
+(FLOW_MARGIN). The gap is that at which the walk, as fast as it was between the last refreshes,
+reaches a bound set by the tolerance: short where the picture is decided and where it is finished,
+long in between.
 Measured on the trained models of `examples/`; docs/quality.md has the figures.
 """
 
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.session import StepInfo
 
 TOLERANCE = 0.08  # of the output's relative forecast error, where the options give none
-# Under noise, gap = constant * sqrt(tolerance), for a held output over its change in one call.
-FLOW_GAP = 1.5
-LAYER_GAP = 11.0
+# Under noise: gap = constant * sqrt(tolerance) / the output's relative change in one call. A held
+# layer follows much of the change, a held output is corrected: at least every other one is held.
+FLOW_GAP, LEAST_FLOW_GAP = 1.5, 2.0
+LAYER_GAP, LEAST_LAYER_GAP = 3.7, 1.0
 LEAST_CHANGE = 1e-6  # relative
 # Error of the clean image over that of the fitted response: 0.6 to 1.0 was seen for flows, 2.0 to
 # 5 for noise prediction.
@@ -92,7 +93,7 @@ class AutoPolicy(OutputForecastPolicy):
         clean, response = (math.inf if p is None else gram.error(p) for p in state.tells_flow)
         if math.isfinite(clean) and math.isfinite(response):
             state.flow = clean <= FLOW_MARGIN * response
-        state.gap = self._noisy_gap(state) if _steps_are_small(state) else 1.0
+        state.gap = self._noisy_gap(state) if state.paces and _steps_are_small(state) else 1.0
 
     def order_in(self, lane: LaneForecast) -> int:
         """A slope between two noisy outputs is noise: they are held."""
@@ -104,10 +105,9 @@ class AutoPolicy(OutputForecastPolicy):
 
     def _noisy_gap(self, lane: LaneForecast) -> float:
         assert self.tolerance is not None
-        wanted = LAYER_GAP * math.sqrt(self.tolerance)
-        if lane.flow and lane.paces:
-            wanted = FLOW_GAP * math.sqrt(self.tolerance) / geometric_mean(lane.paces)
-        return min(max(2.0, wanted), float(self.interval))
+        held, least = (FLOW_GAP, LEAST_FLOW_GAP) if lane.flow else (LAYER_GAP, LEAST_LAYER_GAP)
+        wanted = held * math.sqrt(self.tolerance) / geometric_mean(lane.paces)
+        return min(max(least, wanted), float(self.interval))
 
 
 def _steps_are_small(lane: LaneForecast) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeca_compile.bench.samplers import SharedNoise, ancestral, from_velocity, straight_path
 from moeca_compile.options import Options
 from moeca_compile.policies import find_policy
-from moeca_compile.policies.auto import FLOW_GAP, AutoPolicy
+from moeca_compile.policies.auto import FLOW_GAP, LAYER_GAP, AutoPolicy
 from moeca_compile.runtime.controller import Controller, LaneAges
 from moeca_compile.runtime.session import StepInfo
 
@@ -148,12 +148,17 @@ def test_gaps_are_longest_where_the_output_is_slow() -> None:
     assert min(gaps[1]) > max(gaps[0]) and min(gaps[1]) > max(gaps[2]), gaps
 
 
-@pytest.mark.parametrize(("tolerance", "gap"), [(0.04, 2), (0.07, 3), (0.14, 4), (0.3, 5)])
-def test_layers_are_held_at_equal_gaps(tolerance: float, gap: int) -> None:
-    sampler = Sampler(follows, tolerance=tolerance)
-    sampler.run(90, noise=0.3)
-    held = {len(part) + 1 for part in sampler.kinds.split("r")[3:-2]}
-    assert held == {gap}
+def test_held_layers_gaps_follow_the_pace_down_to_every_step() -> None:
+    mean = {}
+    for tolerance in (0.001, 0.08, 0.3):
+        sampler = Sampler(follows, tolerance=tolerance, max_interval=9)
+        sampler.run(90, noise=0.3)
+        assert set(sampler.kinds) <= {"r", "f"}
+        lane, bound = sampler.policy._lane(0), LAYER_GAP * math.sqrt(tolerance)
+        assert lane.gap == pytest.approx(min(max(1, bound / geometric_mean(lane.paces)), 9))
+        mean[tolerance] = 90 / sampler.kinds.count("r")
+    assert mean[0.001] < mean[0.08] < mean[0.3]
+    assert mean[0.001] < 1.1, "where one call changes more than the bound, every call is computed"
 
 
 def test_the_corrector_pays_back_what_a_held_output_missed_under_noise() -> None:

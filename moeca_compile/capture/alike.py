@@ -49,8 +49,11 @@ def _same_module(one: nn.Module, other: nn.Module) -> bool:
     weights = ((one._parameters, other._parameters), (one._buffers, other._buffers))
     if not all(_same_items(a, b, _same_weight) for a, b in weights):
         return False
-    settings = ({k: v for k, v in vars(m).items() if k not in _KEPT_APART} for m in (one, other))
-    return _same_items(*settings, _same_value)
+    return _same_items(_settings(one), _settings(other), _same_value)
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _KEPT_APART}
 
 
 def _same_items(one: Mapping[Any, Any], other: Mapping[Any, Any], same: Any) -> bool:

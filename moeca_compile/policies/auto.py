@@ -80,7 +80,7 @@ class AutoPolicy(OutputForecastPolicy):
         return (1.0,) if kind == "forecast" else found
 
     def measured(self, lane: int, numbers: Sequence[float]) -> None:
-        """As `output_forecast`; under noise the gap follows the pace of the output, not the error."""
+        """As `output_forecast`; under noise the gap follows the output's pace, not the error."""
         super().measured(lane, numbers)
         state, gram = self._lane(lane), Gram(self._depth, tuple(numbers))
         if state.refreshes > 1 and math.isfinite(change := gram.change()):

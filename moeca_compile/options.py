@@ -5,6 +5,8 @@ torch.compile(model, backend="moeca", options={"intervall": 4})
 
 Options.parse({"interval": 6}, budget=0.1)  ->  Options(interval=6, budget=0.1, ...)  (frozen)
 Options().policy                            ->  "auto"; see default_policy
+
+Long, and one file: an option, its documentation and its check are read together.
 """
 
 from __future__ import annotations

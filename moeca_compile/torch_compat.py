@@ -2,7 +2,7 @@
 
 Dynamo offers no public way to learn which backend is compiling, which module the user compiled, or
 to lift the mark of a frame it gave up on. Keeping those names here makes a new torch release one
-file to read and `tests/capture/test_torch_compat.py` one file to run.
+file to read and `tests/capture/test_torch_compat.py` one file to run, however long it gets.
 
     compiling_with(pred)      -> bool         constant while Dynamo traces
     compile_call()            -> CompileCall  the outermost torch.compile call on this thread

@@ -67,6 +67,7 @@ class Fragment:
 
 
 def report_refused(reason: str, request: Request) -> None:
+    """Say that the policy will refresh at every step; with `strict=True` raise UnsupportedError."""
     options = request.options
     message = f"policy {options.policy!r}: the model's output cannot be forecast: {reason}"
     if options.strict:
@@ -75,7 +76,7 @@ def report_refused(reason: str, request: Request) -> None:
 
 
 def report_plain(reason: str, request: Request) -> None:
-    """Say once per model and reason that plain Inductor runs; with `strict=True` raise.
+    """Say once per model and reason that plain Inductor runs; `strict=True`: UnsupportedError.
 
     A piece of a model that was captured elsewhere, or whose end is still to come, is none of the
     user's business.
@@ -110,6 +111,8 @@ def _has_more(root: nn.Module | None) -> bool:
 def report_no_timestep(
     found: int | None, names: Sequence[str], analysis: Analysis, options: Options
 ) -> None:
+    """Say that no step can be placed; with `strict=True` raise UnsupportedError. found: position of
+    the timestep among the arguments; names: theirs."""
     if found is not None or options.interval == 1 or not analysis.plan.variants:
         return
     message = (

@@ -6,7 +6,8 @@
     attention first:  attention of the most drifted tokens -> router -> branches; shared experts
                       of the most drifted tokens
 
-Functions return the new state instead of writing into the old one, so a caller may keep both.
+Functions return the new state instead of writing into the old one, so a caller may keep both. Both
+orders in one file: they are to be read against each other and share every step.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Engine:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Engine:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         self._stack.callback(self._forget)
         self._stack.callback(raise_recompile_limit())
         if self.run.engine == GRAPH:
@@ -158,7 +158,7 @@ class Engine:
     def _forget(self) -> None:
         self._compiled.clear()
         self._made = None
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
 
 

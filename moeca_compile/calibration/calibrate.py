@@ -107,7 +107,7 @@ def calibrate(
     seed: of the search; with time enough the same search gives the same options. Nothing is
     started that would end after `budget_minutes`, but for the first setting and the held-out seed.
 
-    Everything compiled in this process is dropped before and after (torch._dynamo.reset()).
+    Everything compiled in this process is dropped before and after (torch.compiler.reset()).
     Raises OptionsError for a bad argument, MoecaError if no setting could be run.
     """
     asked, root = Target.parse(target), _checked(model, seeds, metric, budget_minutes)

@@ -82,7 +82,7 @@ class Measure:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Measure:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         self._stack.callback(self._forget)
         self._stack.callback(raise_recompile_limit())
         self._stack.enter_context(torch.no_grad())
@@ -204,7 +204,7 @@ class Measure:
 
     def _forget(self) -> None:
         self._compiled.clear()
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
 
 

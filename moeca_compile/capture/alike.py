@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_compat import leaves
-from .observe import Method
+from .method import Method
 
 _KEPT_APART = ("_parameters", "_buffers", "_modules")
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)

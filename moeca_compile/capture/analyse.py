@@ -17,8 +17,9 @@ from .branches import Branches, drop_branches
 from .fewer_rows import fewer_rows
 from .host_reads import HostRead, Place
 from .kernel_contexts import old_contexts
+from .method import Method
 from .method_level import Found, Refused, capture_method
-from .observe import Method, Observation, Site, observe
+from .observe import Observation, Site, observe
 from .report import BRANCHES, CONTEXTS, METHOD, NONE, STATEMENTS, ModuleCapture
 from .stacked_sites import with_stacked_sites
 from .statement_level import capture_statements
@@ -61,12 +62,8 @@ class _Case:
     def repeats(self, other: _Case) -> bool:
         """Whether this is the same code as `other`, called alike; only values differ."""
         banks = self.site.bank.size == other.site.bank.size and self.bank_path == other.bank_path
-        code = self.definition == other.definition or (
-            self.definition is not None
-            and other.definition is not None
-            and ast.dump(self.definition) == ast.dump(other.definition)
-        )
-        same = banks and code and same_kinds(self.recorded, other.recorded)
+        one, two = (c.definition and ast.dump(c.definition) for c in (self, other))
+        same = banks and one == two and same_kinds(self.recorded, other.recorded)
         return same and same_method(self.method, other.method)
 
 
@@ -151,7 +148,7 @@ def _analyse_site(
     branches: tuple[Branches, ...],
     proven: list[tuple[_Case, Outcome]],
 ) -> Outcome:
-    """Decide on one bank. proven: dispatches that were found so far; this one is added."""
+    """Decide on one bank. proven: dispatches that met every probe; this one is added if it does."""
     obstacle = _obstacle(site)
     if obstacle:
         return _refused(site, obstacle)
@@ -162,13 +159,19 @@ def _analyse_site(
         ):
             break
         recorded = observation.arguments.get(id(method.module))
-        if recorded is None or method.obstacle:
-            unseen = f"{method.attribute}: the arguments of its module were not seen"
-            refusals.append(Refused(method.obstacle, 1) if recorded else Refused(unseen))
+        if recorded is None:
+            refusals.append(
+                Refused(f"{method.attribute}: the arguments of its module were not seen")
+            )
+            continue
+        if method.obstacle:
+            refusals.append(Refused(method.obstacle, 1))
             continue
         definition = next((b.definition for b in branches if b.method == method), None)
         case = _Case(site, method, recorded, definition)
-        outcome = _as_before(case, proven) or _try_mechanisms(case)
+        if (repeated := _as_before(case, proven)) is not None:
+            return repeated
+        outcome = _try_mechanisms(case)
         if isinstance(outcome, Outcome):
             proven.append((case, outcome))
             return outcome
@@ -181,16 +184,17 @@ def _as_before(case: _Case, proven: list[tuple[_Case, Outcome]]) -> Outcome | No
     """The replacement of a dispatch that `case` repeats, if it holds on the recorded input too."""
     for before, outcome in proven:
         found = outcome.found
-        if found is None or not case.repeats(before):
-            continue
-        part = fewer_rows(case.recorded, case.site.bank.size)
         try:
-            differs = case.subject(part or case.recorded).differs_as_recorded(found.replacement)
+            if found is not None and case.repeats(before) and _holds(case, found):
+                return _accepted(case, outcome.capture.mechanism, found, like=before.method.path)
         except Exception:  # user code runs here; the full analysis will say what is wrong
             return None
-        if not differs:
-            return _accepted(case, outcome.capture.mechanism, found, like=before.method.path)
     return None
+
+
+def _holds(case: _Case, found: Found) -> bool:
+    part = fewer_rows(case.recorded, case.site.bank.size)
+    return not case.subject(part or case.recorded).differs_as_recorded(found.replacement)
 
 
 def _try_mechanisms(case: _Case) -> Outcome | Refused:

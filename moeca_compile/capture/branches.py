@@ -14,8 +14,9 @@ from torch import nn
 from .emptiness import find_tests, without_tests
 from .function_source import build, parse
 from .host_reads import Place
+from .method import Method, find_method
 from .method_level import Found
-from .observe import Method, Observation, find_method, observe_arguments
+from .observe import Observation, observe_arguments
 from .statements import kept_lines
 from .subject import Replay
 

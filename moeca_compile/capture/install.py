@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from .analyse import Findings, analyse
+from .method import Method
 from .method_level import Found
-from .observe import Method
 from .own_code import copy_function
 from .report import FLAGS, NONE, CaptureReport, ModuleCapture
 from .sandbox import undisturbed

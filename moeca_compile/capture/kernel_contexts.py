@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .function_source import HELPER_PREFIX, build, parse
+from .method import Method, find_method
 from .method_level import Found
-from .observe import Method, find_method
 from .statements import kept_lines
 
 _KERNELS = f"{HELPER_PREFIX}kernels"

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from .host_reads import HostRead
-from .observe import MAX_CALLERS, Method, Observation, Site, find_method, observe_arguments
+from .method import Method, find_method
+from .observe import MAX_CALLERS, Observation, Site, observe_arguments
 from .stacked import StackedBank, stacked_parameters
 
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from ..torch_compat import leaves
 from .banks import Bank
-from .observe import Method, Site
+from .method import Method
+from .observe import Site
 from .recorder import ExpertRecord, SliceRecord, record_modules, record_slices
 from .replay import (
     close,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .body_graph import copied, evaluated, finish, rows_hole
 from .choice_dispatch import Dispatch, NotChoice
 from .choice_probe import concrete
 from .dataflow import ancestors, descendants
@@ -176,7 +177,7 @@ def first_expert(
     columns: aligned nodes of all experts. Raises NotChoice.
     """
     graph = Graph()
-    values = {piece: _rows_hole(graph, tokens, piece)}
+    values = {piece: rows_hole(graph, tokens, piece)}
     order = [n for n in out.graph.nodes if n in columns]
     leaves = [n for n in order if n is not piece and is_parameter(n, columns[n])]
     for number, leaf in enumerate(leaves):
@@ -184,44 +185,12 @@ def first_expert(
         values[leaf].meta = {"val": leaf.meta["val"]}
     for node in order:
         if node not in values:
-            values[node] = _copied(graph, node, values)
-    _finish(graph, values[out], tokens, out)
+            values[node] = copied(graph, node, values)
+    finish(graph, values[out], tokens, out)
     params = tuple(stack_of(columns[leaf]) or tuple(columns[leaf]) for leaf in leaves)
     if not params:
         raise NotChoice("the experts read no parameters", out)
     return GraphModule(torch.nn.Module(), graph), params
-
-
-def _rows_hole(graph: Graph, tokens: int, piece: Node) -> Node:
-    value = piece.meta["val"]
-    hole = graph.placeholder("rows_0")
-    hole.meta = {"val": value.new_empty(tokens, value.shape[-1])}
-    return hole
-
-
-def _copied(graph: Graph, node: Node, values: dict[Node, Node]) -> Node:
-    if node.op != "call_function":
-        raise NotChoice(f"an expert reads {node.op} {node.target}", node)
-    copy = graph.node_copy(node, values.__getitem__)
-    return _evaluated(copy, node)
-
-
-def _evaluated(copy: Node, origin: Node) -> Node:
-    """The copy with its value on rows [T, ...]. Raises NotChoice."""
-    args, kwargs = torch.fx.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
-    try:
-        value = copy.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise NotChoice(f"an expert does not work on single rows: {error}", origin) from None
-    copy.meta = {**origin.meta, "val": value}
-    return copy
-
-
-def _finish(graph: Graph, result: Node, tokens: int, out: Node) -> None:
-    if shape_of(result) != [tokens, int(out.meta["val"].shape[-1])]:
-        raise NotChoice("an expert changes the shape of its rows", out)
-    graph.output((result,))
-    graph.lint()
 
 
 # -- grouped -----------------------------------------------------------------------------------
@@ -253,7 +222,7 @@ def _grouped_body(dispatch: Dispatch, products: list[Node]) -> ChosenBody:
     inside = descendants(source) & ancestors([last])  # type: ignore[arg-type]
     ends = _equal_ends(products, experts, dispatch.places)
     graph = Graph()
-    values: dict[Node, Node] = {source: _rows_hole(graph, dispatch.tokens, source)}  # type: ignore[dict-item,arg-type]
+    values: dict[Node, Node] = {source: rows_hole(graph, dispatch.tokens, source)}  # type: ignore[dict-item,arg-type]
     params: list[Node] = []
     for product in products:
         weight: Any = product.args[1]
@@ -265,7 +234,7 @@ def _grouped_body(dispatch: Dispatch, products: list[Node]) -> ChosenBody:
     for node in last.graph.nodes:
         if node in inside and node is not source:
             values[node] = _grouped_node(graph, node, values, inside)
-    _finish(graph, values[last], dispatch.tokens, last)
+    finish(graph, values[last], dispatch.tokens, last)
     whole = torch.arange(dispatch.places, dtype=torch.int32)
     at = _follow(dispatch.picked, source, whole.unsqueeze(1).expand(-1, shape_of(source)[-1]))  # type: ignore[arg-type]
     if not torch.equal(at[:, 0], whole):
@@ -293,10 +262,10 @@ def _grouped_node(graph: Graph, node: Node, values: dict[Node, Node], inside: se
         foreign = [n for n in node.all_input_nodes if n not in inside]
         if foreign:
             raise NotChoice("experts that read more than the picked rows", foreign[0])
-        return _copied(graph, node, values)
+        return copied(graph, node, values)
     args: Any = node.args
     rows, weight = args[:2]
     bank = transposed_of(weight)
     target = aten.linear.default if bank else aten.matmul.default
     product = graph.call_function(target, (values[rows], values[bank or weight]))
-    return _evaluated(product, node)
+    return evaluated(product, node)

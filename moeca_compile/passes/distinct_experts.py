@@ -24,7 +24,7 @@ from ..graph.region import NoMatch
 from ..graph.routing_ids import CASTS, FLAT_VIEWS
 from ..graph.row_rules import shape_of
 from .base import PassReport
-from .match_regions import find_combine
+from .find_combine import find_combine
 
 aten = torch.ops.aten
 _RANKED = {aten.topk.default, aten.sort.default, aten.sort.stable}

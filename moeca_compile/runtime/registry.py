@@ -144,7 +144,7 @@ class Registry:
             watches.remove(watch)
 
     def clear(self) -> None:
-        """Forget all entries (torch._dynamo.reset())."""
+        """Forget all entries (torch.compiler.reset())."""
         self._entries.clear()
         self.orphans.clear()
 

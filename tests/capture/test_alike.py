@@ -73,7 +73,26 @@ def test_whatever_is_not_the_same_is_analysed_in_full(
 ) -> None:
     model = make(SortedLoop, 2)
     change(model.layers[1].moe)
-    assert all("as layers" not in reason for reason in reasons(model))
+    first, second = reasons(model)
+    assert first == PROVEN
+    assert "as layers" not in second
+
+
+class Raising:
+    """A setting that must not be asked whether it is another one."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not comparable")
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_a_setting_that_raises_when_compared_costs_the_short_cut_only() -> None:
+    model = make(SortedLoop, 2)
+    for layer in model.layers:
+        layer.moe.held = frozenset({Raising()})
+    assert reasons(model) == [PROVEN] * 2
 
 
 class Limited(CapacityLoop):

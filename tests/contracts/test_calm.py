@@ -1,6 +1,7 @@
 """Contract "calm": what cannot be cached runs as plain Inductor and says so in one line.
 
-With `strict=True` it raises instead. Inductor is replaced by Dynamo's own graph here.
+With `strict=True` it raises instead. Inductor is replaced by Dynamo's own graph here. One contract,
+one file: its cases are short and have the same checks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Gathered stacked weights become one routed node, whatever the spelling; near misses stay."""
+"""Gathered stacked weights become one routed node, whatever the spelling; near misses stay.
+
+One file: a near miss is one change to a spelling that stands above it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Sorted, grouped products become one routed node in branch order; near misses stay.
 
 Traced in bfloat16, the only dtype in which a grouped product has a fake value on CPU with torch
-2.13; compared in float32, where the eager product runs.
+2.13; compared in float32, where the eager product runs. One file: a near miss is one change to a
+spelling that stands above it.
 """
 
 from __future__ import annotations

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
-from moeca_compile.errors import SessionError
 from moeca_compile.runtime.session import SessionTracker, StepInfo
-from runtime.schedules import BATCH, Call, ancestral, ddim, euler, flow, heun, karras, noise
-
-LABELS, NULL = torch.tensor([3, 5]), torch.tensor([10, 10])
-
-
-def run(tracker: SessionTracker, calls: list[Call], *conditioning: object) -> list[StepInfo]:
-    given = conditioning or (LABELS,)
-    return [tracker.observe(t, given, x) for t, x in calls]
-
-
-def assert_one_generation(infos: list[StepInfo], number: int = 0) -> None:
-    assert infos[0].fresh and infos[0].new_generation
-    assert {i.generation for i in infos} == {number}
-    stopped = [(i.step, i.reason) for i in infos[1:] if i.fresh]
-    assert not stopped
-
+from runtime.schedules import BATCH, ancestral, ddim, euler, flow, heun, karras, noise
+from runtime.tracking import LABELS, NULL, arguments, assert_one_generation, run
 
 SAMPLERS = {
     "euler20": lambda seed: euler(20, seed),
@@ -140,145 +123,6 @@ def test_refused_samples_do_not_widen_what_is_accepted(share: float) -> None:
         assert (info.fresh, info.reason, info.generation) == (True, "sample_unclear", 0)
 
 
-def test_changed_prompt_with_the_same_schedule_opens_a_lane() -> None:
-    tracker = SessionTracker()
-    run(tracker, euler(20), LABELS)
-    other = run(tracker, euler(20), LABELS + 1)
-    assert other[0].reason == "new_lane" and other[0].lane == 1
-    assert_one_generation(other, 1)
-    back = run(tracker, euler(5, seed=2), LABELS.clone())
-    assert back[0].lane == 0 and back[0].reason == "timestep_jumped_back"
-
-
-def test_prompt_changed_in_the_middle_never_reads_the_other_prompts_rows() -> None:
-    tracker = SessionTracker()
-    calls = euler(20)
-    run(tracker, calls[:10], LABELS)
-    assert run(tracker, calls[10:], LABELS + 1)[0].fresh
-
-
-def test_conditioning_overwritten_in_place_is_another_lane() -> None:
-    for labels in (LABELS.clone(), torch.randn(4, 700)):
-        tracker = SessionTracker()
-        calls = euler(20)
-        run(tracker, calls[:2], labels)
-        labels.add_(1)
-        assert tracker.observe(*_args(calls[2], labels)).reason == "new_lane"
-        labels.sub_(1).add_(1)  # versions moved, values as in the lane just opened
-        assert tracker.observe(*_args(calls[3], labels)).reason == "continues"
-
-
-def _args(call: Call, *conditioning: object) -> tuple[float, tuple[object, ...], Tensor]:
-    return call[0], conditioning, call[1]
-
-
-def test_small_conditioning_changed_behind_torch_is_seen() -> None:
-    labels = LABELS.clone()
-    shared = labels.numpy()
-    tracker = SessionTracker()
-    run(tracker, euler(20)[:2], labels)
-    shared[:] = 7
-    assert tracker.observe(*_args(euler(20)[2], labels)).reason == "new_lane"
-
-
-def test_data_swapped_to_another_storage_is_seen() -> None:
-    states = torch.randn(4, 700)
-    tracker = SessionTracker()
-    run(tracker, euler(20)[:2], states)
-    version = states._version
-    states.data = torch.randn(4, 700)
-    assert states._version == version
-    assert tracker.observe(*_args(euler(20)[2], states)).reason == "new_lane"
-
-
-def test_an_alias_with_its_own_version_counter_is_no_proof() -> None:
-    states = torch.randn(4, 700)
-    tracker = SessionTracker()
-    run(tracker, euler(20)[:2], states.data)
-    states.add_(1)
-    assert states.data._version == 0
-    assert tracker.observe(*_args(euler(20)[2], states.data)).reason == "new_lane"
-
-
-def test_recycled_addresses_do_not_alias() -> None:
-    tracker = SessionTracker()
-    calls, generator, lanes = euler(50), torch.Generator().manual_seed(0), []
-    for call in calls:
-        states = torch.randn(4, 700, generator=generator)  # freed and allocated again every time
-        lanes.append(tracker.observe(*_args(call, states)).lane)
-        del states
-        gc.collect(0)  # the youngest: all of the heap would take a second each
-    assert lanes == list(range(50))
-
-
-def test_equal_values_in_new_objects_are_the_same_lane() -> None:
-    states = torch.randn(4, 700)
-    tracker = SessionTracker()
-    infos = [tracker.observe(*_args(call, states.clone(), None, 7.5)) for call in euler(10)]
-    assert_one_generation(infos)
-    base = torch.cat([states, states])
-    assert tracker.observe(*_args(euler(10, seed=1)[0], base[:4], None, 7.5)).lane == 0
-
-
-@pytest.mark.parametrize("states", [torch.arange(4), torch.randn(4, 700)])
-def test_inference_tensors_are_compared_by_value(states: Tensor) -> None:
-    with torch.inference_mode():
-        tracker, given = SessionTracker(), states.clone()
-        assert given.is_inference()
-        infos = run(tracker, euler(20)[:3], given)
-        assert_one_generation(infos)
-        given.add_(1)  # leaves no trace but the values
-        assert tracker.observe(*_args(euler(20)[3], given)).reason == "new_lane"
-    assert tracker.observe(*_args(euler(20)[4], given)).reason == "continues"
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (1, True),
-        (1, 1.0),
-        (None, 0),
-        (7.5, 7.0),
-        ("a", "b"),
-        (torch.tensor([1]), 1),
-        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32)),
-        (torch.tensor([1, 2]), torch.tensor([[1, 2]])),
-        (torch.empty(0), torch.empty(0, 3)),
-        (torch.ones(2), None),
-    ],
-)
-def test_conditioning_kinds_are_told_apart(before: object, after: object) -> None:
-    tracker = SessionTracker()
-    run(tracker, euler(20)[:2], before)
-    assert tracker.observe(*_args(euler(20)[2], before)).reason == "continues"
-    assert tracker.observe(*_args(euler(20)[3], after)).reason == "new_lane"
-    assert tracker.observe(*_args(euler(20)[3], before, before)).reason == "new_lane"
-
-
-@pytest.mark.parametrize("value", [float("nan"), torch.tensor(float("nan")), object(), [1]])
-def test_what_cannot_be_compared_never_matches(value: object) -> None:
-    tracker = SessionTracker()
-    assert all(i.reason == "new_lane" for i in run(tracker, euler(20), value))
-
-
-def test_empty_conditioning_is_one_lane() -> None:
-    tracker = SessionTracker()
-    assert_one_generation([tracker.observe(t, (), x) for t, x in euler(20)])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [lambda x: x[:1], lambda x: x.double(), lambda x: torch.cat([x, x]), lambda x: x[..., :16]],
-)
-def test_changed_batch_dtype_or_size_is_another_lane(change: Callable[[Tensor], Tensor]) -> None:
-    tracker = SessionTracker()
-    calls = euler(20)
-    for t, x in calls[:5]:
-        tracker.observe(t, (None,), x)
-    moved = tracker.observe(calls[5][0], (None,), change(calls[5][1]))
-    assert (moved.reason, moved.lane) == ("new_lane", 1)
-
-
 @pytest.mark.parametrize(
     ("timestep", "reason"),
     [
@@ -298,8 +142,8 @@ def test_unclear_timesteps_refresh_this_call_and_the_next(timestep: object, reas
     run(tracker, calls[:3])
     info = tracker.observe(timestep, (LABELS,), calls[3][1])
     assert (info.fresh, info.reason, info.timestep) == (True, reason, None)
-    assert tracker.observe(*_args(calls[4], LABELS)).reason == "timestep_unknown"
-    assert not tracker.observe(*_args(calls[5], LABELS)).fresh
+    assert tracker.observe(*arguments(calls[4], LABELS)).reason == "timestep_unknown"
+    assert not tracker.observe(*arguments(calls[5], LABELS)).fresh
     assert tracker.generations == 1
 
 
@@ -334,10 +178,12 @@ def test_a_gap_in_the_schedule_refreshes_without_a_new_generation() -> None:
     tracker = SessionTracker()
     calls = euler(200)
     run(tracker, calls[:5])
-    assert not tracker.observe(*_args(calls[6], LABELS)).fresh  # 2 x: within a schedule's freedom
+    assert not tracker.observe(
+        *arguments(calls[6], LABELS)
+    ).fresh  # 2 x: within a schedule's freedom
     tracker = SessionTracker()
     run(tracker, calls[:5])
-    info = tracker.observe(*_args(calls[8], LABELS))
+    info = tracker.observe(*arguments(calls[8], LABELS))
     assert (info.fresh, info.reason, info.generation) == (True, "schedule_gap", 0)
 
 
@@ -347,8 +193,8 @@ def test_nan_sample_is_never_continued() -> None:
     run(tracker, calls[:3])
     broken = calls[3][1] * float("nan")
     assert tracker.observe(calls[3][0], (LABELS,), broken).reason == "sample_unclear"
-    assert tracker.observe(*_args(calls[4], LABELS)).reason == "sample_unclear"
-    assert tracker.observe(*_args(calls[5], LABELS)).reason == "continues"
+    assert tracker.observe(*arguments(calls[4], LABELS)).reason == "sample_unclear"
+    assert tracker.observe(*arguments(calls[5], LABELS)).reason == "continues"
 
 
 def test_empty_batch_is_always_fresh() -> None:
@@ -392,104 +238,6 @@ def test_inversion_then_sampling() -> None:
     assert infos[0].reason == "same_step"  # the very call the inversion ended with
     assert infos[1].reason == "timestep_jumped_back"
     assert not any(i.fresh for i in infos[2:])
-
-
-def test_lanes_are_bounded_and_the_oldest_is_evicted() -> None:
-    evicted: list[int] = []
-    tracker = SessionTracker(max_lanes=3, on_evict=evicted.append)
-    calls = euler(20)
-    for label in (0, 1, 2, 0, 3, 1):  # 1 is the oldest when 3 comes; it comes back as lane 4
-        tracker.observe(*_args(calls[0], label))
-    assert evicted == [1, 2] and tracker.live_lanes == (4, 3, 0) and tracker.lanes == 5
-    tracker.reset()
-    assert evicted == [1, 2, 0, 3, 4] and tracker.live_lanes == ()
-    assert (tracker.generations, tracker.lanes) == (0, 0)
-    info = tracker.observe(*_args(calls[1], 0))
-    assert (info.lane, info.generation, info.reason) == (5, 0, "new_lane")
-    assert (tracker.generations, tracker.lanes) == (1, 1)
-
-
-def test_invalidate_refreshes_each_lane_once() -> None:
-    tracker = SessionTracker()
-    calls = euler(20)
-    for call in calls[:3]:
-        for label in (0, 1):
-            tracker.observe(*_args(call, label))
-    tracker.invalidate("weights_changed")
-    for label in (0, 1):
-        info = tracker.observe(*_args(calls[3], label))
-        assert (info.fresh, info.reason, info.generation) == (True, "weights_changed", 0)
-    tracker.invalidate("step_failed", lane=1)
-    assert not tracker.observe(*_args(calls[4], 0)).fresh
-    assert tracker.observe(*_args(calls[4], 1)).reason == "step_failed"
-    assert not tracker.observe(*_args(calls[5], 1)).fresh
-
-
-def test_explicit_generation_starts_anew_and_ignores_jumps() -> None:
-    tracker = SessionTracker()
-    calls = euler(20)
-    run(tracker, calls[:5])
-    with tracker.generation():
-        first = tracker.observe(*_args(calls[5], LABELS))
-        assert (first.reason, first.generation) == ("generation_started", 1)
-        assert tracker.observe(*_args(calls[5], NULL)).generation == 1
-        for number in (6, 7, 6, 5, 6, 6, 12):
-            info = tracker.observe(*_args(calls[number], LABELS))
-            assert not info.fresh and info.generation == 1
-        assert info.step == 6  # one of the seven calls repeated its timestep
-        assert not tracker.observe(None, (LABELS,), calls[12][1]).fresh
-    after = tracker.observe(*_args(calls[13], LABELS))
-    assert (after.reason, after.generation) == ("generation_ended", 2)
-
-
-def test_inside_an_explicit_generation_a_foreign_sample_still_refreshes() -> None:
-    tracker = SessionTracker()
-    with tracker.generation():
-        run(tracker, euler(20)[:5])
-        info = tracker.observe(0.7, (LABELS,), flow(0.7, 5))
-        assert (info.fresh, info.reason, info.generation) == (True, "sample_changed", 0)
-        near = flow(0.68, 5)
-        assert not tracker.observe(0.68, (LABELS,), near).fresh
-        assert tracker.observe(torch.tensor([0.6, 0.5]), (LABELS,), near).fresh
-        assert tracker.observe(0.6, (LABELS,), near).fresh  # the last timestep was no timestep
-
-
-def test_explicit_control_in_the_wrong_order_is_an_error() -> None:
-    tracker = SessionTracker()
-    with pytest.raises(SessionError, match="found none"):
-        tracker.end_generation()
-    tracker.begin_generation()
-    with pytest.raises(SessionError, match="found one"):
-        tracker.begin_generation()
-    tracker.end_generation()
-    with pytest.raises(ZeroDivisionError), tracker.generation():
-        _ = 1 / 0
-    with tracker.generation():
-        pass
-
-
-def test_two_generations_interleaved_on_their_own_conditioning() -> None:
-    tracker = SessionTracker()
-    a, b = [], []
-    for first, second in zip(euler(20, seed=0), euler(20, seed=1)):
-        a.append(tracker.observe(*_args(first, 0)))
-        b.append(tracker.observe(*_args(second, 1)))
-    assert_one_generation(a, 0)
-    assert_one_generation(b, 1)
-
-
-def test_two_generations_sharing_a_conditioning_never_share_rows() -> None:
-    tracker = SessionTracker()
-    for first, second in zip(euler(20, seed=0), euler(20, seed=1)):
-        assert tracker.observe(*_args(first, NULL)).fresh
-        assert tracker.observe(*_args(second, NULL)).fresh
-
-
-def test_infinite_loop_of_one_step_generations() -> None:
-    tracker = SessionTracker()
-    infos = [tracker.observe(1.0, (LABELS,), noise(seed)) for seed in range(5)]
-    assert [i.generation for i in infos] == [0, 1, 2, 3, 4]
-    assert all(i.fresh and i.step == 0 for i in infos)
 
 
 def test_timestep_is_kept_exactly() -> None:

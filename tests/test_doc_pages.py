@@ -29,7 +29,6 @@ PAGES = (
     "speed-benchmark.md",
 )
 TEXT = {name: (DOCS / name).read_text() for name in PAGES}
-QUICK = ("moeca debug examples/bad_threshold.py:Sampler --bound 0.3",)
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -55,11 +54,11 @@ def commands() -> list[object]:
     for block in (b for text in TEXT.values() for b in blocks("console", text)):
         head, *shown = block.splitlines()
         line = head.removeprefix("$ ")
-        marks = [] if line in QUICK else [pytest.mark.slow]
-        found.append(pytest.param(line, shown, marks=marks, id=line))
+        found.append(pytest.param(line, shown, id=line))
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "shown"), commands())
 def test_a_command_prints_what_the_page_shows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, shown: list[str]

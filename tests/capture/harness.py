@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from moeca_compile.capture import RootRegistry, wrap_fragment
-
-
-def mostly_slow(names: Sequence[Any], quick: int) -> list[Any]:
-    """Parameters of which the first `quick` run every time, the others with the slow tests."""
-    slow = [pytest.param(name, marks=pytest.mark.slow) for name in names[quick:]]
-    return [*names[:quick], *slow]
 
 
 @dataclass

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capture.harness import assert_equal, capturing, mostly_slow, op_counts, reference, run_steps
+from capture.harness import assert_equal, capturing, op_counts, reference, run_steps
 from idioms import DISPATCHES, EXPERT_CHOICE, inputs, make, trajectory
 from moeca_compile import explain
 from moeca_compile.capture import Phase
+from quick import mostly_slow
 
 # grouped products are traced in bfloat16 only, where equal scores are common; see test_exact.py
 PYTHON_LOOPS = sorted(set(DISPATCHES) - {"I8", "I9", "I6_grouped", "I5", "I1_capacity"})

@@ -14,7 +14,6 @@ from capture import models
 from capture.harness import (
     assert_equal,
     capturing,
-    mostly_slow,
     plain,
     reference,
     run_steps,
@@ -22,6 +21,7 @@ from capture.harness import (
 )
 from capture.models import Denoiser, inputs, make
 from moeca_compile.capture import compiling_for_moeca, install, prepare, uninstall
+from quick import mostly_slow
 
 METHOD = ["SortedLoop", "SlicedSortedLoop", "ConditionedSortedLoop", "HitListBank"]
 STATEMENTS = ["SplitLoop", "HitList", "MaskLoop", "AppendLoop"]

@@ -10,11 +10,12 @@ from torch import nn
 
 import moeca_compile
 from capture import models, surroundings
-from capture.harness import assert_equal, capturing, mostly_slow, op_counts, reference, run_steps
+from capture.harness import assert_equal, capturing, op_counts, reference, run_steps
 from capture.models import Denoiser, inputs, make
 from graph_runs import use_graph_level
 from moeca_compile.capture import Phase, compiling_for_moeca, install
 from moeca_compile.capture.report import ModuleCapture
+from quick import mostly_slow
 
 STEPS = [inputs(step) for step in range(4)]
 

@@ -16,7 +16,6 @@ from capture import models
 from capture.harness import (
     assert_equal,
     capturing,
-    mostly_slow,
     op_counts,
     plain,
     reference,
@@ -25,6 +24,7 @@ from capture.harness import (
 )
 from capture.models import DIM, EXPERTS, Denoiser, inputs, make
 from moeca_compile.capture import Phase, find_root
+from quick import mostly_slow
 
 CAPTURED = ["SortedLoop", "HitList", "SplitLoop", "SlicedSortedLoop", "ConditionedSortedLoop"]
 CAPTURED += ["HitListBank", "MaskLoop", "AppendLoop"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capture.harness import assert_equal, capturing, mostly_slow, reference, run_steps
+from capture.harness import assert_equal, capturing, reference, run_steps
 from capture.models import DIM, EXPERTS, SLOTS, HitList, Mlp, inputs, make
 from moeca_compile.capture import compiling_for_moeca, install
+from quick import mostly_slow
 
 
 def route(gate: nn.Module, flat: Tensor, slots: int = SLOTS) -> tuple[Tensor, Tensor]:

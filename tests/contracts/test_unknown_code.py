@@ -122,6 +122,7 @@ def test_it_runs_as_plain_inductor(script: ModuleType) -> None:
             assert difference(compiled(*call), model, *call) <= 1e-5
 
 
+@pytest.mark.slow  # test_backend.py has it in this process
 def test_other_backends_see_the_same_graphs(tmp_path: Path) -> None:
     """In a process of its own: before this package is imported, after, beside a captured model."""
     tests = Path(__file__).parents[1]

@@ -22,6 +22,7 @@ from moeca_compile.passes.normalize_attention import NormalizeAttention
 from moeca_compile.passes.normalize_experts import NormalizeExperts
 from moeca_compile.passes.normalize_gathered import NormalizeGathered
 from moeca_compile.passes.normalize_grouped import NormalizeGrouped
+from quick import in_pairs
 
 TOKENS = 16
 # einsum is in every run in test_normalize_attention.py
@@ -73,9 +74,10 @@ def traced_form(self: SplitMoE, x: Tensor) -> Tensor:
     return y.view(x.shape)
 
 
-@pytest.mark.parametrize("attention", ATTENTION_CASES)
-@pytest.mark.parametrize("expert", sorted(EXPERTS))
-@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize(
+    ("router", "expert", "attention"),
+    in_pairs(sorted(ROUTERS), sorted(EXPERTS), sorted(ATTENTIONS)),
+)
 def test_traced_form(
     router: str, expert: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from moeca_compile.graph.experts import num_experts_of
 from moeca_compile.passes.match_regions import match_regions
 from moeca_compile.passes.normalize_gathered import NormalizeGathered
 from moeca_compile.passes.verify import verify
+from quick import in_pairs
 
 aten = torch.ops.aten
 TOKENS, DIM, HIDDEN, EXPERT_COUNT = 12, 8, 10, 5
@@ -29,9 +30,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("expert", sorted(EXPERTS))
-@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize(
+    ("router", "expert", "top_k"), in_pairs(sorted(ROUTERS), sorted(EXPERTS), [1, 2, 4])
+)
 def test_model_of_any_router(router: str, expert: str, top_k: int) -> None:
     model = make("I8", router=router, expert=expert, top_k=top_k)
     graph = traced(model, *inputs(model))

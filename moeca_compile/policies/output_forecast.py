@@ -14,6 +14,10 @@ up to second order, as with the corrector of a multistep method (ibid., III.1). 
 samplers that step along the output (Euler, DDIM and their like) and is left out where the sampler
 adds noise or changes its step width by more than MAX_STEP_RATIO.
 
+Towards the end of a schedule the output turns faster than the errors seen so far say: what a skip
+owes is paid late or never. With a tolerance, no more than a share of the time left passes without
+a refresh, so gaps shrink as the distance to the end does, and the last step is computed.
+
 Heun's method evaluates a timestep twice, each time for half a step: the second output at a
 timestep is that of the first but for the error of one Euler step, so it is never computed anew.
 """
@@ -25,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moeca_compile.policies.ending import is_last, time_left
 from moeca_compile.policies.predictors import PREDICTIONS, Gram, Predictor, make_predictor
 from moeca_compile.policies.protocol import Decision, Kind, Policy, Stored
 from moeca_compile.policies.taylorseer import abscissa
@@ -39,6 +44,9 @@ MAX_GROWTH = 2.0  # of the gap from one refresh to the next
 MAX_STEP_RATIO = 2.0  # of two steps' widths for the corrector to hold
 NOISE_ALIGNMENT = 0.5  # cosine of two moves of the sample: below, the sampler adds noise
 DEFAULT_ORDER = 1
+# Times sqrt(tolerance): of the time left, what may pass without a refresh; at most half.
+END_SHARE = 0.95
+ROUNDING = 1e-5  # of timesteps in float32
 
 
 @dataclass
@@ -91,13 +99,23 @@ class OutputForecastPolicy(Policy):
             return Decision("skip", "same_timestep")
         if lane.refreshes < self._needed:
             return Decision("refresh", "history")
-        if _ends(lane, abscissa(step)):
-            return Decision("refresh", "last_step")
+        if is_last(lane.before, abscissa(step), lane.highest):
+            return Decision("refresh", "last_step")  # nothing after it makes up for what is owed
         if lane.calls + 1 >= round(lane.gap):
             return Decision("refresh", "error_bound" if self.tolerance is not None else "interval")
+        if self._nears_the_end(lane, abscissa(step)):
+            return Decision("refresh", "near_end")
         if self._predictor(lane, abscissa(step)) is None:
             return Decision("refresh", "no_forecast")
         return self.between(lane)
+
+    def _nears_the_end(self, lane: LaneForecast, now: float) -> bool:
+        """Whether too much of what was left at the last refresh has passed since."""
+        last, tolerance = lane.trail.times[0], self.tolerance
+        if tolerance is None or lane.noisy or now == last:
+            return False
+        passed, share = abs(now - last), min(END_SHARE * math.sqrt(tolerance), 0.5)
+        return passed >= share * (time_left(last, now, lane.highest) + passed) * (1.0 - ROUNDING)
 
     def order_in(self, lane: LaneForecast) -> int:
         """Of the extrapolating polynomial."""
@@ -221,13 +239,6 @@ class OutputForecastPolicy(Policy):
             for j, weight in enumerate(used.outputs):
                 result[1 + j] -= share * weight
         return tuple(result)
-
-
-def _ends(lane: LaneForecast, now: float) -> bool:
-    """Whether a falling schedule reaches zero with this step: nothing after it makes up for what
-    is owed by then."""
-    width = lane.before - now
-    return 0.0 < width < math.inf and now - width < width / 2
 
 
 def _widths(times: list[float]) -> list[float]:

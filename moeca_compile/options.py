@@ -94,7 +94,7 @@ class Options:
 
     tolerance: float | None = None
     """Bound that steers refreshes. "auto", "output_forecast": relative error of the forecast;
-    "moeca": predicted relative error of cached branches; None: 0.08 for "auto", a refresh every
+    "moeca": predicted relative error of cached branches; None: 0.12 for "auto", a refresh every
     `interval` steps for the others. "teacache": summed relative drift of the first block's input;
     None: 0.1. Default None, no unit (ours)."""
 

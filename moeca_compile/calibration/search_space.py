@@ -51,7 +51,7 @@ def _geometric(low: float, high: float, count: int) -> tuple[float, ...]:
 
 
 _INTERVAL = Driver("interval", (*range(2, 13), 14, 16, 20), 3)
-_FORECAST_ERROR = Driver("tolerance", _geometric(0.002, 2.0, 49), 0.08)
+_FORECAST_ERROR = Driver("tolerance", _geometric(0.002, 2.0, 49), 0.12)
 _DRIFT = Driver("tolerance", _geometric(0.01, 3.0, 41), 0.15)
 _LONGEST = Choice("max_interval", (6, 8, 4, 12, 20))
 _WARMUP = Choice("warmup_steps", (0, 2, 4))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from moeca_compile.options import Options
     from moeca_compile.runtime.session import StepInfo
 
-TOLERANCE = 0.08  # of the output's relative forecast error, where the options give none
+TOLERANCE = 0.12  # of the output's relative forecast error, where the options give none
 # Under noise: gap = constant * sqrt(tolerance) / the output's relative change in one call. A held
 # layer follows much of the change, a held output is corrected: at least every other one is held.
 FLOW_GAP, LEAST_FLOW_GAP = 1.5, 2.0

@@ -110,9 +110,9 @@ class OutputForecastPolicy(Policy):
         return self.between(lane)
 
     def _nears_the_end(self, lane: LaneForecast, now: float) -> bool:
-        """Whether too much of what was left at the last refresh has passed since."""
+        """Whether a skip would let pass too much of what was left at the last refresh."""
         last, tolerance = lane.trail.times[0], self.tolerance
-        if tolerance is None or lane.noisy or now == last:
+        if tolerance is None or now == last or self.between(lane).kind != "skip":
             return False
         passed, share = abs(now - last), min(END_SHARE * math.sqrt(tolerance), 0.5)
         return passed >= share * (time_left(last, now, lane.highest) + passed) * (1.0 - ROUNDING)

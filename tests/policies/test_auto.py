@@ -178,9 +178,10 @@ def test_held_layers_gaps_follow_the_pace_down_to_every_step() -> None:
 
 
 def test_the_corrector_pays_back_what_a_held_output_missed_under_noise() -> None:
-    """The residue of a Brownian bridge is half the walk's or less; 0.75 leaves room."""
+    """The residue of a Brownian bridge is half the walk's or less; 0.75 leaves room. Short gaps:
+    in long ones this field's drift, not the noise, is what a held output misses."""
     expected = exact(flow).run_flow(61, 0.3)
-    found = [Sampler(flow, corrector=c).run_flow(61, 0.3) for c in (True, False)]
+    found = [Sampler(flow, corrector=c, tolerance=0.05).run_flow(61, 0.3) for c in (True, False)]
     corrected, plain = (error(each, expected) for each in found)
     assert plain > 1e-4
     assert corrected < 0.75 * plain

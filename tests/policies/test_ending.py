@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeca_compile.policies.ending import is_last, time_left
 from moeca_compile.policies.output_forecast import END_SHARE
-from policies.test_auto import Sampler, follows
+from policies.test_auto import Sampler, flow, follows
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ def test_a_rising_schedule_shrinks_the_same_way() -> None:
     for i in range(60):
         x = x + rising.velocity(x, i / 60) / 60
     assert rising.kinds == falling.kinds
+    assert 1 < gaps(rising)[-3] < max(gaps(rising)) == 9
 
 
 def test_a_schedule_of_logarithms_is_left_alone() -> None:
@@ -95,6 +96,23 @@ def test_a_schedule_of_logarithms_is_left_alone() -> None:
     for i in range(60):
         x = x - sampler.velocity(x, 1.0 - i / 20) / 20
     assert set(gaps(sampler)[-6:]) == {5}
+
+
+def test_held_outputs_under_noise_are_refreshed_towards_the_end() -> None:
+    """As along an ODE."""
+    held = Sampler(flow, tolerance=4.0, max_interval=12)
+    held.run_flow(100, 0.3)
+    assert max(gaps(held)) == 12
+    for (at, _), gap in zip(held.computed[2:], gaps(held)[2:]):
+        assert gap <= max(1, math.ceil(0.5 * (100 - at) - 1e-6)), held.kinds
+
+
+def test_held_layers_keep_their_gaps() -> None:
+    """They see each sample: nothing is owed at the end."""
+    held = Sampler(follows, tolerance=4.0, max_interval=12)
+    held.run(100, noise=0.3)
+    assert set(held.kinds) == {"r", "f"}
+    assert set(gaps(held)[2:-1]) == {12}
 
 
 def test_an_interval_is_an_interval() -> None:

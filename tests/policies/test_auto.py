@@ -11,7 +11,8 @@ from torch import Tensor
 from moeca_compile.bench.samplers import SharedNoise, ancestral, from_velocity, straight_path
 from moeca_compile.options import Options
 from moeca_compile.policies import find_policy
-from moeca_compile.policies.auto import FLOW_GAP, LAYER_GAP, AutoPolicy
+from moeca_compile.policies.auto import FLOW_GAP, LAYER_GAP
+from moeca_compile.policies.output_forecast import OutputForecastPolicy
 from moeca_compile.runtime.controller import Controller, LaneAges
 from moeca_compile.runtime.session import StepInfo
 
@@ -37,9 +38,9 @@ class Sampler:
         self.span = 1.0  # of the timesteps the model is given
 
     @property
-    def policy(self) -> AutoPolicy:
+    def policy(self) -> OutputForecastPolicy:
         found = self.controller.policy
-        assert isinstance(found, AutoPolicy)
+        assert isinstance(found, OutputForecastPolicy)
         return found
 
     def velocity(self, x: Tensor, t: float) -> Tensor:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeca_compile.options import Options
 from moeca_compile.policies.ending import is_last, time_left
 from moeca_compile.policies.output_forecast import END_SHARE
-from policies.test_auto import Sampler, flow, follows
+from moeca_compile.runtime.controller import Controller
+from policies.test_auto import ALL, Sampler, flow, follows
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,6 @@ def test_held_layers_keep_their_gaps() -> None:
 def test_an_interval_is_an_interval() -> None:
     """Without a tolerance every gap is as asked for but for the last call's."""
     sampler = Sampler(follows)
-    policy = sampler.policy
-    policy.tolerance = None
-    policy.interval = 5
-    policy.options = type(policy.options)(policy="output_forecast", interval=5)
+    sampler.controller = Controller(Options(policy="output_forecast", interval=5), ALL)
     sampler.run(53)
     assert set(gaps(sampler)[2:-1]) == {5}

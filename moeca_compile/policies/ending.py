@@ -1,8 +1,10 @@
 """Where a schedule of timesteps ends, as far as the timesteps seen so far tell.
 
-900, 880        falls: it ends at 0, 880 are left
-0.10, 0.12      rises: it ends at 1 (at 1000 where a timestep was above 1), 0.88 are left
--0.1, -0.2      anything (the logarithm of a noise level): unknown, infinite
+    900, 880        falls: it ends at 0, 880 are left
+    0.10, 0.12      rises: it ends at 1 (at 1000 where a timestep was above 1), 0.88 are left
+    -0.1, -0.2      anything (the logarithm of a noise level): unknown, infinite
+
+A schedule that ends earlier than these is refreshed as if it went on.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from moeca_compile.policies.ending import THOUSAND
 from moeca_compile.policies.trail import Trail
 
 PREDICTIONS = ("output", "clean", "noise", "response")
-THOUSAND = 1000.0  # flow models whose timestep runs to 1000
 
 
 @dataclass(frozen=True)

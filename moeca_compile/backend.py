@@ -105,7 +105,7 @@ def _reset() -> None:
     TOLD.clear()
 
 
-moeca.reset = _reset  # type: ignore[attr-defined]  called by torch._dynamo.reset()
+moeca.reset = _reset  # type: ignore[attr-defined]  called by torch.compiler.reset()
 
 
 def _compile(

@@ -1,11 +1,12 @@
 """What a step costs on a GPU, and whether it keeps its promises there; run by benchmarks/gpu.sh.
 
-    eager | torch.compile | one graph, nothing cached | moeca | moeca, CUDA graphs
+    eager | torch.compile | one graph, no caching | moeca | auto | the same with CUDA graphs
     ->  benchmarks/results/gpu-DATE-NAME.json and one table
 
-Checked before anything is timed: every candidate's first (full) step equals eager's within bf16
-rounding, and no graph of a whole generation waits for the device (`set_sync_debug_mode("error")`
-while a variant runs). Candidates take turns; times are medians between device synchronisations.
+Checked before anything is timed: every candidate's full step equals eager's within bf16 rounding,
+and no graph of a whole generation waits for the device (`set_sync_debug_mode("error")` while a
+variant runs). A candidate that fails keeps its row, with what went wrong. Candidates take turns;
+times are medians between device synchronisations.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import json
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 from tabulate import tabulate
 
 import moeca_compile
+from moeca_compile.backend import moeca  # by object: a checkout may not be installed
 from moeca_compile.errors import MoecaError
 from moeca_compile.runtime.registry import REGISTRY
 from moeca_compile.speed.machine import describe, machine
@@ -36,6 +39,8 @@ from moeca_compile.torch_compat import without_kernels
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETED = {"policy": "moeca", "interval": 4, "budget": 0.1, "order": "attention_first"}
+UNCACHED = "one graph"
+OURS = {UNCACHED: {"interval": 1}, "moeca, 10 %": BUDGETED, "auto": {"policy": "auto"}}
 TOLERANCE = {"bfloat16": 4e-2, "float32": 1e-3}  # TF32 where it is on; a few roundings of 2^-8
 FAILED, CANNOT_RUN = 1, 2
 
@@ -51,6 +56,7 @@ class Candidate:
     error: float = 0.0
     peak_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    failed: bool = False
     steps_ms: dict[str, list[float]] = field(default_factory=dict)
     generations_ms: list[float] = field(default_factory=list)
 
@@ -61,31 +67,38 @@ def candidates(
     """Baselines, and this backend with and without CUDA graphs."""
 
     def ours(options: dict[str, Any]) -> Any:
-        return torch.compile(with_shared_weights(model), backend="moeca", options=options)
+        return torch.compile(with_shared_weights(model), backend=moeca, options=options)
 
     plain = torch.compile(with_shared_weights(model)) if kernels else model
-    made = [
-        Candidate("eager", model),
-        Candidate("Inductor, as shipped", plain),
-        Candidate("one graph, nothing cached", ours({"interval": 1}), True),
-        Candidate("moeca, budget 10 %", ours(BUDGETED), True),
-    ]
+    made = [Candidate("eager", model), Candidate("Inductor, as shipped", plain)]
+    for name, options in OURS.items():
+        made.append(Candidate(name, ours(options), True))
     if device.type == "cuda":
-        replayed = {"mode": "reduce-overhead"}
-        made += [
-            Candidate("one graph, CUDA graphs", ours({"interval": 1, **replayed}), True),
-            Candidate("moeca, CUDA graphs", ours(BUDGETED | replayed), True),
-        ]
+        for name, options in OURS.items():
+            replayed = options | {"mode": "reduce-overhead"}
+            made.append(Candidate(f"{name}, CUDA graphs", ours(replayed), True))
     return made
 
 
-@torch.no_grad()
 def check(candidate: Candidate, calls: list[Call], eager: torch.Tensor, limit: float) -> None:
-    """Compile, compare the first step with eager, and let no graph wait for the device."""
+    """`_check`; what goes wrong is a problem of this candidate alone."""
+    try:
+        _check(candidate, calls, eager, limit)
+    except Exception as error:
+        traceback.print_exc()
+        told = (str(error).splitlines() or [""])[0]
+        candidate.problems.append(f"failed: {type(error).__name__}: {told[:100]}")
+        candidate.failed = True
+
+
+@torch.no_grad()
+def _check(candidate: Candidate, calls: list[Call], eager: torch.Tensor, limit: float) -> None:
+    """Compile, compare a full step with eager, and let no graph wait for the device."""
     device = eager.device
     started = time.perf_counter()
-    first = _generation(candidate, calls, device)
+    _generation(candidate, calls, device)  # its very first call is eager: it is looked at
     candidate.first_s = time.perf_counter() - started
+    first = _generation(candidate, calls, device)
     candidate.error = float((first.float() - eager.float()).norm() / eager.float().norm())
     if not candidate.error <= limit:
         candidate.problems.append(f"first step {candidate.error:.1e} off, allowed {limit:.0e}")
@@ -178,9 +191,13 @@ def measure(made: list[Candidate], calls: list[Call], device: torch.device, roun
 
 def rows(made: list[Candidate]) -> list[dict[str, Any]]:
     """One line per candidate; speed-ups over the fastest candidate that caches nothing."""
-    base = min(median(c.generations_ms) for c in made if "moeca" not in c.name)
+    uncached = [c for c in made if c.generations_ms and (not c.cached or UNCACHED in c.name)]
+    base = min(median(c.generations_ms) for c in uncached)
     found = []
     for c in made:
+        if not c.generations_ms:
+            found.append({"candidate": c.name, "checks": "; ".join(c.problems)})
+            continue
         full = [t for k in ("full", "refresh", "plain") for t in c.steps_ms.get(k, [])]
         stats = moeca_compile.stats(c.run) if c.cached else None
         ours = median(c.generations_ms)
@@ -207,6 +224,9 @@ def rows(made: list[Candidate]) -> list[dict[str, Any]]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="speed and promises on a GPU")
     parser.add_argument("--model", default="small", choices=list(SIZES))
+    parser.add_argument("--depth", type=int, help="blocks, instead of the configuration's")
+    parser.add_argument("--only", metavar="REGEX", help="candidates whose name has it, and eager")
+    parser.add_argument("--profile", type=Path, help="a file for the kernels of cached steps")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
@@ -230,7 +250,9 @@ def main() -> int:
         )
         return CANNOT_RUN
     size, dtype = SIZES[arguments.model], getattr(torch, arguments.dtype)
-    model = build(size).to(device=device, dtype=dtype)
+    if arguments.depth is not None:
+        size = replace(size, depth=arguments.depth)
+    model = build(size, device=device).to(dtype)
     x, t, y = (v.to(device) for v in call(size, arguments.batch))
     first = x.to(dtype), t, y
     calls = trajectory((first, {}), first[0], t, arguments.steps)
@@ -238,17 +260,39 @@ def main() -> int:
         eager = model(*first)
     with nullcontext() if arguments.engine == "inductor" else without_kernels():
         made = candidates(model, device, arguments.engine == "inductor")
+        if arguments.only is not None:
+            made = [c for c in made if c.name == "eager" or re.search(arguments.only, c.name)]
         for candidate in made:
             print(f"compile and check: {candidate.name}", file=sys.stderr)
             check(candidate, calls, eager, TOLERANCE[arguments.dtype])
-        measure(made, calls, device, arguments.rounds)
+            print(f"  {candidate.first_s:.1f} s {candidate.problems or 'ok'}", file=sys.stderr)
+        working = [c for c in made if not c.failed]
+        measure(working, calls, device, arguments.rounds)
+        if arguments.profile is not None:
+            arguments.profile.write_text("\n".join(profiled(c, calls) for c in working))
     return report(made, arguments)
+
+
+@torch.no_grad()
+def profiled(candidate: Candidate, calls: list[Call]) -> str:
+    """Kernels of one full step and of the two steps after it, by time."""
+    begin, last = (calls[:1], calls[1:3]) if candidate.cached else ([], calls[:1])
+    told = []
+    for name, part in (("first step", begin), ("next steps", last)):
+        with torch.profiler.profile() as profile:
+            for args, kwargs in part:
+                candidate.run(*args, **kwargs)
+            _wait(calls[0][0][0].device)
+        key = "device_time_total" if torch.cuda.is_available() else "cpu_time_total"
+        table = profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80)
+        told.append(f"== {candidate.name}, {name}: {len(part)}\n{table}")
+    return "\n".join(told)
 
 
 def report(made: list[Candidate], arguments: argparse.Namespace) -> int:
     """Table on stdout, JSON beside the other results."""
     where, found = machine(arguments.device), rows(made)
-    given = {k: v for k, v in vars(arguments).items() if k != "out"}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("out", "profile")}
     name = re.sub(r"\W+", "-", str(where.get("gpu") or "cpu")).strip("-").lower()
     date = datetime.date.today().isoformat()
     path = arguments.out / f"gpu-{date}-{name}-{arguments.model}.json"

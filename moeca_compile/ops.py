@@ -53,7 +53,10 @@ def _(ids: Tensor, outs: list[Tensor]) -> Tensor:
     return outs[0].new_empty(ids.shape[0], ids.shape[1], outs[0].shape[-1])
 
 
-@torch.library.custom_op("moeca::grouped_linear", mutates_args=())
+HOST_READ = (torch.Tag.cudagraph_unsafe,)  # CUDA graphs are made around it, not of it
+
+
+@torch.library.custom_op("moeca::grouped_linear", mutates_args=(), tags=HOST_READ)
 def grouped_linear(
     rows: Tensor, ends: Tensor, weights: list[Tensor], biases: list[Tensor]
 ) -> Tensor:
@@ -85,7 +88,7 @@ def _(rows: Tensor, ends: Tensor, weights: list[Tensor], biases: list[Tensor]) -
     return rows.new_empty(rows.shape[0], weights[0].shape[-2])
 
 
-@torch.library.custom_op("moeca::grouped_experts", mutates_args=())
+@torch.library.custom_op("moeca::grouped_experts", mutates_args=(), tags=HOST_READ)
 def grouped_experts(
     rows: list[Tensor],
     index: Tensor,

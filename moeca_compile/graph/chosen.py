@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .experts import ExpertRows, num_experts_of, per_expert, sort_branches
+from .experts import ExpertRows, inverse, num_experts_of, per_expert, sort_branches
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,5 @@ def chosen_experts(
     token = torch.div(places, experts, rounding_mode="floor").index_select(0, order)
     picked = [r.index_select(0, token) for r in rows]
     out = ExpertRows(body, picked, [per_expert(p) for p in params], sorted_rows).run()
-    out = out.index_select(0, torch.argsort(order))
+    out = out.index_select(0, inverse(order))
     return out if valid is None else torch.where(valid.unsqueeze(-1), out, 0)

@@ -169,10 +169,19 @@ def sort_branches(
     computed last; the groups' rows are in that order.
     """
     key = experts if computed is None else torch.where(computed, experts, num_experts)
+    # A radix sort takes a pass for each byte of its keys, on a GPU a kernel.
+    key = key.to(torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int32)
     ordered, order = torch.sort(key, stable=True)
-    bounds = torch.arange(num_experts, device=key.device, dtype=key.dtype)
+    ordered = ordered.long()
+    bounds = torch.arange(num_experts, device=key.device)
     ends = torch.searchsorted(ordered, bounds, right=True)
     return order, SortedRows(ends, ordered.clamp(max=num_experts - 1))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """[S] with `inverse(order)[order[i]] == i`, of a permutation of S numbers; no second sort."""
+    places = torch.arange(order.shape[0], device=order.device, dtype=order.dtype)
+    return torch.zeros_like(order).scatter(0, order, places)
 
 
 def num_experts_of(params: Sequence[Any]) -> int:
@@ -204,5 +213,5 @@ def routed_experts(
     token = torch.div(order, top_k, rounding_mode="floor")
     picked = [r.index_select(0, token) for r in rows]
     out = ExpertRows(body, picked, [per_expert(p) for p in params], groups).run()
-    unsorted = out.index_select(0, torch.argsort(order))
+    unsorted = out.index_select(0, inverse(order))
     return unsorted.reshape(*ids.shape, *out.shape[1:])

@@ -23,6 +23,7 @@ from ..runtime.inputs import is_weight
 from ..torch_compat import compiles_kernels, inductor, mark_static
 from .lower import lower, trace
 from .pieces import compile_in_pieces
+from .weight_stacks import WeightStacks
 
 # Moving reads of a cache behind the writes would make Inductor clone the cache: keep the order.
 KEEP_ORDER = {"reorder_for_locality": False}
@@ -40,6 +41,7 @@ class Variants:
         # CUDA graphs replay fixed sizes: what a budget allows is then written into the graph.
         on_cuda = any(s.device.type == "cuda" for s in analysis.plan.layout.specs)
         self.fixed_counts = on_cuda and bool(config.get("triton.cudagraphs"))
+        self.stacks = WeightStacks()
         self.compile_seconds: dict[str, float] = {}
         self.pieces: dict[str, str] = {}  # of variants not compiled whole: what they are made of
         self._config = config
@@ -82,7 +84,7 @@ class Variants:
                 fakes.append(
                     torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype, device=spec.device)
                 )
-            fakes += [torch.empty(len(plan.layers), 2, dtype=torch.int64)] * self.counts(variant)
+            fakes += [torch.empty(len(plan.layers), 3, dtype=torch.int64)] * self.counts(variant)
             if mixed := self.mixed(variant):
                 fakes.append(torch.empty(mixed, device=plan.device))
 
@@ -110,10 +112,20 @@ class Variants:
 
     def static_inputs(self, variant: str) -> set[int]:
         """Positions of the inputs that stay where they are: weights, and a lane's caches."""
-        inputs = self.analysis.aten.inputs
+        inputs = len(self.analysis.aten.inputs)
         caches = len(self.analysis.plan.layout.specs) if variant != "plain" else 0
-        weights = {i for i, each in enumerate(inputs) if is_weight(each)}
-        return weights | set(range(len(inputs), len(inputs) + caches))
+        return self.weights | set(range(inputs, inputs + caches))
+
+    @property
+    def weights(self) -> set[int]:
+        """Positions of the weights, the same in every variant."""
+        return {i for i, each in enumerate(self.analysis.aten.inputs) if is_weight(each)}
+
+    def _inductor_config(self, variant: str) -> dict[str, Any]:
+        config = {**KEEP_ORDER, **self._config} if variant == "reuse" else dict(self._config)
+        if variant == "reuse" and self.options.budget is None:
+            config.pop("triton.cudagraphs", None)  # how many rows it computes is read on the host
+        return config
 
     def lowered(self, variant: str) -> tuple[Any, list[Tensor]]:
         """(graph, fake inputs) as handed to Inductor."""
@@ -128,15 +140,19 @@ class Variants:
         if not compiles_kernels():  # lowering doubles the time and would gain nothing
             return self.dialect(variant)[0]
         graph, fakes = self.lowered(variant)
-        config = {**KEEP_ORDER, **self._config} if variant == "reuse" else self._config
+        config = self._inductor_config(variant)
         static = self.static_inputs(variant)
+        if variant != "plain":  # its calls belong to no generation
+            behind = len(fakes)
+            fakes += self.stacks.hoist(variant, graph, self.weights)
+            static |= set(range(behind, len(fakes)))
 
         def compile_one(gm: GraphModule, inputs: list[Any], stay: set[int]) -> Callable[..., Any]:
             mark_static(gm, stay)
             mode = self.analysis.aten.fake_mode
             return inductor(gm, [fake_like(mode, i) for i in inputs], mode, config)
 
-        if self.options.compile_repeats and not self._config.get("triton.cudagraphs"):
+        if self.options.compile_repeats and not config.get("triton.cudagraphs"):
             pieces = compile_in_pieces(graph, static, compile_one)
             if pieces is not None:
                 self.pieces[variant] = pieces.summary

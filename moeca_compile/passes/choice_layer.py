@@ -107,7 +107,7 @@ class ChoiceLayer(ReuseLayer):
     def compute_branches(self, rows: list[Tensor], input_drift: Tensor | None) -> None:
         region, size = self.region, self.layer.branches
         count: Any = self.budget(self.inputs.branches, size, region.groups)
-        if count is None or self.valid is not None:
+        if count is None or (self.valid is not None and self.reads_sizes):
             count = self.computed.sum().clamp(min=MIN_ROWS).item()
             torch._check(count >= MIN_ROWS)
             torch._check(count <= size)

@@ -64,8 +64,7 @@ CHOICE_ORDERS: dict[str, type[ReuseLayer]] = {
 class VariantInputs:
     """What a variant's traced function receives besides the model's own inputs.
 
-    counts: CPU int64 [layers, 2] under a budget: branches and tokens of each sample to compute; or
-    the same as numbers.
+    counts: CPU int64 [layers, 3] under a budget, what `allowed_counts` says; or the same numbers.
     mix: float32 [n], what the policy mixes stored values by (`Policy.mix`). clock: of rows that are
     extrapolated.
     """
@@ -186,7 +185,7 @@ def _reuse_layer(
     extra: VariantInputs,
     needed: frozenset[Node],
 ) -> ReuseLayer:
-    counts = (None, None) if extra.counts is None else tuple(extra.counts[number])
+    counts = (None, None, None) if extra.counts is None else tuple(extra.counts[number])
     orders = CHOICE_ORDERS if isinstance(layer.region, ChoiceRegion) else ORDERS
     order = orders[options.order]
     inputs = ReuseInputs(extra.rows, *counts)

@@ -21,13 +21,15 @@ MIN_ROWS = 2  # Inductor specialises sizes 0 and 1: fewer rows are padded, paddi
 class ReuseInputs:
     """Cached rows, and under a budget how many branches and tokens of each sample to compute.
 
-    Counts are int64 scalars on the CPU: the graph reads them without waiting for a device; or
-    numbers, where CUDA graphs want every size fixed.
+    touched: the most tokens of a sample that so many branches can belong to. Counts are int64
+    scalars on the CPU: the graph reads them without waiting for a device; or numbers, where CUDA
+    graphs want every size fixed.
     """
 
     rows: CachedRows
     branches: Tensor | int | None
     tokens: Tensor | int | None
+    touched: Tensor | int | None
 
     @property
     def caches(self) -> dict[str, Tensor]:
@@ -35,13 +37,17 @@ class ReuseInputs:
 
 
 def allowed_counts(layers: Sequence[LayerPlan], budget: float) -> list[list[int]]:
-    """Per layer the branches of each group and the tokens of each sample that a budget allows.
+    """Per layer the branches of each group and the tokens of each sample that a budget allows, and
+    the tokens of a sample that these branches can belong to at most.
 
     At least two: smaller sizes would be specialised.
     """
     found = []
     for layer in layers:
-        samples = layer.region.space.samples
-        sizes = (layer.branches // layer.region.groups, layer.tokens // samples)
-        found.append([max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes])
+        region, samples = layer.region, layer.region.space.samples
+        sizes = (layer.branches // region.groups, layer.tokens // samples)
+        branches, tokens = (max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes)
+        # where groups are no samples, the branches of all of them may be one sample's
+        here = branches if region.groups == samples else branches * region.groups
+        found.append([branches, tokens, min(sizes[1], here)])
     return found

@@ -88,6 +88,12 @@ class ReuseLayer(ABC):
             before = self._counted = (values, torch.stack([zero + v for v in values]))
         return before[1]
 
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the host may read how many rows were chosen: free on a CPU. A GPU would be waited
+        for; there a step under a budget computes as many as it might have to."""
+        return self.computed.device.type == "cpu"
+
     # -- caches ----------------------------------------------------------------------------------
 
     def cache(self, field: str) -> Tensor:

@@ -65,12 +65,15 @@ class RouterFirst(ReuseLayer):
         return self.evaluator.view(changed, below)
 
     def _select(self, mask: Tensor) -> TokenRows:
-        """The tokens in `mask [T]`, padded per sample to as many as the fullest sample has."""
+        """The tokens in `mask [T]`, padded per sample to as many as the fullest sample has; or,
+        where that is not known on the host, as it could have."""
         space = self.region.space
         chosen = mask.reshape(space.samples, space.tokens)
-        count: Any = chosen.sum(1).amax().clamp(min=MIN_ROWS).item()
-        torch._check(count >= MIN_ROWS)
-        torch._check(count <= space.tokens)
+        count: Any = None if self.reads_sizes else self.budget(self.inputs.touched, mask.shape[0])
+        if count is None:
+            count = chosen.sum(1).amax().clamp(min=MIN_ROWS).item()
+            torch._check(count >= MIN_ROWS)
+            torch._check(count <= space.tokens)
         valid, token = chosen.to(torch.float32).topk(count, 1)
         return self.rows_of(token, valid > 0, mask, count)
 

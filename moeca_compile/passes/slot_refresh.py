@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.traceback import set_current_meta
 
 from ..graph.evaluate import Evaluator
-from ..graph.experts import sort_branches
+from ..graph.experts import inverse, sort_branches
 from ..graph.region import MoERegion
 from ..options import Options
 from .cache_plan import LayerPlan
@@ -39,7 +39,7 @@ def compute_slots(
         token = torch.div(order, region.top_k, rounding_mode="floor")
         out = run_experts(evaluator, region, rows, token, groups)
         if cached is None:
-            branches = out.index_select(0, torch.argsort(order))
+            branches = out.index_select(0, inverse(order))
         else:
             share = _share(evaluator, layer)
             if layer.evidence:
@@ -49,7 +49,7 @@ def compute_slots(
             if slot_out.dtype == out.dtype:
                 branches = moeca.cache_read(slot_out, layer.branches)
             else:  # a refresh is exact: it must not read what rounding left of its own rows
-                branches = out.index_select(0, torch.argsort(order))
+                branches = out.index_select(0, inverse(order))
             _store_slots(layer, options, cached.caches, ids, share, rows, order, out)
         evaluator.set(region.routed, branches.reshape(layer.tokens, region.top_k, -1))
 

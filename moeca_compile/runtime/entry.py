@@ -145,8 +145,9 @@ class CompiledEntry:
         self.reset()
 
     def release(self) -> None:
-        """Free the rows of all lanes; what was counted stays."""
+        """Free the rows of all lanes, and what was made of weights; what was counted stays."""
         self.store.reset()
+        self.variants.stacks.release()
         self.ages.forget()
         self.controller.policy.forget()
         self._measured.clear()
@@ -159,6 +160,7 @@ class CompiledEntry:
             self._weights = WeightVersion(weights)
         elif self._weights.changed(weights):
             self.tracker.invalidate("weights_changed")
+            self.variants.stacks.renew(tensors)
         step = self.tracker.observe(
             None if roles.timestep is None else tensors[roles.timestep],
             [tensors[i] for i in roles.conditioning],
@@ -177,9 +179,11 @@ class CompiledEntry:
             return self._counted("plain", variant(*tensors))
         if step.new_generation:
             self.store.refill(step.lane, "spatial")
+            self.variants.stacks.renew(tensors)
         rows = self._lane_rows(step.lane, decision.kind)
         counts = self._counts if decision.kind == "reuse" else []
-        outputs = variant(*tensors, *rows, *counts, *self._mix(decision, step))
+        stacked = self.variants.stacks.values(decision.kind, tensors)
+        outputs = variant(*tensors, *rows, *counts, *self._mix(decision, step), *stacked)
         if self.variants.analysis.plan.measures(decision.kind):
             *outputs, measured = outputs
             self._measured[step.lane] = measured.clone()  # CUDA graphs reuse their outputs' memory
@@ -208,7 +212,8 @@ class CompiledEntry:
             policy.measured(step.lane, measured.tolist())
         if policy.probes and self.variants.analysis.plan.histories.input is not None:
             probe = self.variants.get("probe")
-            (drift,) = probe(*tensors, *self._lane_rows(step.lane, "probe"))
+            stacked = self.variants.stacks.values("probe", tensors)
+            (drift,) = probe(*tensors, *self._lane_rows(step.lane, "probe"), *stacked)
             policy.probed(step.lane, drift.tolist())
 
     def _lane_rows(self, lane: int, kind: str) -> list[Tensor]:
@@ -222,8 +227,7 @@ class CompiledEntry:
         return found
 
     def _budget_counts(self) -> list[Tensor]:
-        """Branches and tokens per sample that the budget allows: the graph's CPU input [layers, 2];
-        none where it has none."""
+        """What the budget allows, the graph's CPU input [layers, 3]; none where it has none."""
         if not self.variants.counts("reuse"):
             return []
         assert self.options.budget is not None

@@ -241,12 +241,13 @@ def _pixels(rows: Tensor, shape: torch.Size) -> Tensor:
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
-def build(size: Size, seed: int = 0) -> Network:
-    """In eval mode without gradients, every weight seeded and of useful size."""
+def build(size: Size, seed: int = 0, device: torch.device | str = "cpu") -> Network:
+    """In eval mode without gradients, every weight seeded and of useful size; other devices draw
+    other weights."""
     with torch.device("meta"):
         network = Network(size)
-    network.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    network.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, value in (*network.named_parameters(), *network.named_buffers()):
             value.normal_(generator=generator).mul_(_gain(name, value))

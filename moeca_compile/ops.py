@@ -53,7 +53,7 @@ def _(ids: Tensor, outs: list[Tensor]) -> Tensor:
     return outs[0].new_empty(ids.shape[0], ids.shape[1], outs[0].shape[-1])
 
 
-HOST_READ = (torch.Tag.cudagraph_unsafe,)  # CUDA graphs are made around it, not of it
+HOST_READ = (torch.Tag.cudagraph_unsafe,)  # lowering/variants.py makes no CUDA graph with it
 
 
 @torch.library.custom_op("moeca::grouped_linear", mutates_args=(), tags=HOST_READ)

@@ -5,13 +5,14 @@ Variants(analysis).get("reuse")(*model inputs, *caches, *counts, *mix) -> output
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..debug.dump import Dumper
 from ..graph.retrace import fake_like
@@ -27,6 +28,22 @@ from .weight_stacks import WeightStacks
 
 # Moving reads of a cache behind the writes would make Inductor clone the cache: keep the order.
 KEEP_ORDER = {"reorder_for_locality": False}
+HOST_READS = {torch.Tag.cudagraph_unsafe, torch.Tag.data_dependent_output}
+log = logging.getLogger(__name__)
+
+
+def host_reads(graph: GraphModule) -> list[Node]:
+    """Nodes that need a value on the host. A CUDA graph cannot hold them, and pieces of one around
+    them would replay little: there are some in each layer."""
+    return [n for n in graph.graph.nodes if _reads(n)]
+
+
+def _reads(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.dynamic_output_shape in tags:  # of the data only where it left a size open
+        value = node.meta.get("val")
+        return not isinstance(value, Tensor) or any(type(s) is not int for s in value.shape)
+    return not HOST_READS.isdisjoint(tags)
 
 
 class Variants:
@@ -121,10 +138,11 @@ class Variants:
         """Positions of the weights, the same in every variant."""
         return {i for i, each in enumerate(self.analysis.aten.inputs) if is_weight(each)}
 
-    def _inductor_config(self, variant: str) -> dict[str, Any]:
+    def _inductor_config(self, variant: str, graph: GraphModule) -> dict[str, Any]:
         config = {**KEEP_ORDER, **self._config} if variant == "reuse" else dict(self._config)
-        if variant == "reuse" and self.options.budget is None:
-            config.pop("triton.cudagraphs", None)  # how many rows it computes is read on the host
+        if config.get("triton.cudagraphs") and (reads := host_reads(graph)):
+            log.info("%s: no CUDA graph, %s waits for the device", variant, reads[0].target)
+            del config["triton.cudagraphs"]
         return config
 
     def lowered(self, variant: str) -> tuple[Any, list[Tensor]]:
@@ -140,7 +158,7 @@ class Variants:
         if not compiles_kernels():  # lowering doubles the time and would gain nothing
             return self.dialect(variant)[0]
         graph, fakes = self.lowered(variant)
-        config = self._inductor_config(variant)
+        config = self._inductor_config(variant, graph)
         static = self.static_inputs(variant)
         if variant != "plain":  # its calls belong to no generation
             behind = len(fakes)

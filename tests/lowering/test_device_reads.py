@@ -15,7 +15,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from idioms import inputs, make
+import moeca_compile
+from graph_runs import WatchedStep, compile_model, only_entry, use_graph_level, watched_call
+from idioms import inputs, make, trajectory
 from moeca_compile.debug.dump import Dumper
 from moeca_compile.graph.dataflow import ancestors
 from moeca_compile.lowering import grouped
@@ -24,7 +26,9 @@ from moeca_compile.lowering.lower import lower, trace
 from moeca_compile.lowering.variants import Variants
 from moeca_compile.options import Options
 from moeca_compile.passes.count_flops import count_costs
+from moeca_compile.passes.reuse_layer import ReuseLayer
 from moeca_compile.pipeline import analyse
+from moeca_compile.runtime.stats import Stats
 from moeca_compile.torch_compat import mark_static, new_fake_mode
 
 aten = torch.ops.aten
@@ -83,6 +87,33 @@ def test_only_the_counts_of_the_budget_are_read(budgeted: Variants, variant: str
     assert bool(found) == (variant == "reuse"), "the counts are read; nothing else is"
     assert holes_behind(graph, found) <= {len(fakes) - 1}
     assert not found or fakes[-1].device.type == "cpu"
+
+
+@pytest.mark.parametrize("idiom", ["I1", "I7", pytest.param("I5", marks=pytest.mark.slow)])
+def test_no_size_is_read_from_a_device(monkeypatch: pytest.MonkeyPatch, idiom: str) -> None:
+    """The paper's order attends the tokens that have a computed branch. Where reading their number
+    would wait for a device, as many as there could be are computed, and the same are stored."""
+    use_graph_level(monkeypatch)
+    model = make(idiom, depth=1, num_experts=4)
+    calls = trajectory(model, 4, dx=0.05)
+
+    def steps() -> tuple[bool, list[WatchedStep], Stats]:
+        torch._dynamo.reset()
+        compiled = compile_model(model, calls[0], policy="moeca", interval=4, budget=0.2)
+        ran = [watched_call(compiled, *call) for call in calls]
+        graph, fakes = only_entry(compiled).variants.lowered("reuse")
+        waits = bool(holes_behind(graph, reads(graph)) - {len(fakes) - 1})
+        return waits, ran, moeca_compile.stats(compiled)
+
+    reading, expected, few = steps()
+    monkeypatch.setattr(ReuseLayer, "reads_sizes", False)
+    waiting, found, many = steps()
+    assert reading and not waiting
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.output, b.output, rtol=1e-5, atol=1e-5)
+        assert (a.kind, a.pairs, a.attended) == (b.kind, b.pairs, b.attended)
+    assert many.layers[0].tokens_attended == few.layers[0].tokens_attended
+    assert many.speedup_flops <= few.speedup_flops, "padding is counted as computed"
 
 
 def test_the_check_finds_a_read_of_the_data(budgeted: Variants) -> None:

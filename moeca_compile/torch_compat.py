@@ -283,12 +283,16 @@ def mark_static(gm: GraphModule, positions: Collection[int]) -> None:
     CUDA graphs then read and write them in place; other inputs are copied into a graph's own memory
     at every call, and a graph that writes to one is not recorded at all. "unguarded": another
     address, of another lane, is another recording. What Dynamo leaves on a graph has to be there:
-    a source on every input, all different, and the two marks on the module. Tested on torch 2.13.
+    a source on every input and constant, all different, and the two marks on the module.
+    Tested on torch 2.13.
     """
     from torch._dynamo.source import LocalSource
 
     gm.meta.setdefault("dynamo_compile_id", None)
-    gm._param_name_to_source = {}  # type: ignore[assignment]
+    constants = [*dict(gm.named_parameters()), *dict(gm.named_buffers())]
+    gm._param_name_to_source = {  # type: ignore[assignment]
+        name: LocalSource(f"moeca_constant_{number}") for number, name in enumerate(constants)
+    }
     holes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for number, hole in enumerate(holes):
         hole._dynamo_source = LocalSource(f"moeca_input_{number}")  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ from moeca_compile.passes.count_flops import count_costs
 from moeca_compile.passes.reuse_layer import ReuseLayer
 from moeca_compile.pipeline import analyse
 from moeca_compile.runtime.stats import Stats
-from moeca_compile.torch_compat import mark_static, new_fake_mode
+from moeca_compile.torch_compat import inductor, mark_static, new_fake_mode
 
 aten = torch.ops.aten
 BUDGETED = {"interval": 4, "budget": 0.25, "order": "attention_first"}
@@ -244,3 +244,23 @@ def test_weights_and_caches_are_static_inputs(budgeted: Variants, variant: str) 
         i.is_parameter for i in budgeted.analysis.aten.inputs
     )
     assert len(fakes) - len(static) == user + budgeted.counts(variant), "x, t, y and the counts"
+
+
+@pytest.mark.compile
+def test_constants_of_a_graph_compile() -> None:
+    """Code that makes a tensor of Python numbers leaves a constant in the graph, which is lifted to
+    an input in front of all others."""
+    mode = new_fake_mode()
+    root = torch.nn.Module()
+    root.register_buffer("constant", torch.arange(3.0))
+    graph = torch.fx.Graph()
+    rows, cache = graph.placeholder("rows"), graph.placeholder("cache")
+    total = graph.call_function(aten.add.Tensor, (rows, graph.get_attr("constant")))
+    graph.output((graph.call_function(aten.mul.Tensor, (total, cache)),))
+    gm = GraphModule(root, graph)
+    mark_static(gm, {1})
+    given = [torch.ones(2, 3), torch.full((2, 3), 2.0)]
+    compiled = inductor(gm, [mode.from_tensor(v) for v in given], mode, {})
+    with torch.no_grad():
+        (found,) = compiled(*given)
+    assert torch.equal(found, (torch.ones(2, 3) + torch.arange(3.0)) * 2)

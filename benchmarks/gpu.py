@@ -18,14 +18,15 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from gpu_checks import no_waiting
 from tabulate import tabulate
 
 import moeca_compile
@@ -112,37 +113,6 @@ def _check(candidate: Candidate, calls: list[Call], eager: torch.Tensor, limit: 
             candidate.problems.append(f"a step waits for the device: {str(error).splitlines()[0]}")
     candidate.steps_ms.clear()
     candidate.generations_ms.clear()
-
-
-@contextmanager
-def no_waiting(compiled: Any) -> Iterator[None]:
-    """Inside, a variant that synchronises raises. Placing a call reads a few numbers of the sample
-    and the timestep, once and outside of its graph; that is allowed."""
-    entries = REGISTRY.entries_of(compiled)
-    originals = [entry.variants.get for entry in entries]
-
-    def watched(get: Callable[[str], Any]) -> Callable[[str], Any]:
-        def variant(kind: str) -> Any:
-            inner = get(kind)
-
-            def run(*args: Any) -> Any:
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    return inner(*args)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-
-            return run
-
-        return variant
-
-    try:
-        for entry, original in zip(entries, originals, strict=True):
-            entry.variants.get = watched(original)  # type: ignore[method-assign]
-        yield
-    finally:
-        for entry, original in zip(entries, originals, strict=True):
-            entry.variants.get = original  # type: ignore[method-assign]
 
 
 @torch.no_grad()

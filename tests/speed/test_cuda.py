@@ -22,7 +22,7 @@ from moeca_compile.speed.workload import Call, trajectory
 from moeca_compile.torch_compat import without_kernels
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks")]
-from gpu import no_waiting  # noqa: E402
+from gpu_checks import no_waiting  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

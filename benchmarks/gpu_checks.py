@@ -1,4 +1,4 @@
-"""Whether a variant of a compiled model waits for its GPU; for gpu.py and tests/speed/test_cuda.py."""
+"""Whether a variant of a compiled model waits for its GPU: gpu.py, tests/speed/test_cuda.py."""
 
 from __future__ import annotations
 

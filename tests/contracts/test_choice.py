@@ -120,8 +120,8 @@ def test_caching_off_and_every_refresh_equal_eager(graph_level: None, idiom: str
 def test_bytes_are_known_and_are_those_of_the_branches(graph_level: None, idiom: str) -> None:
     """Contract "bounded". Picks within a sample keep one row a place, a pool one of every pair."""
     model, calls = build(idiom, 7, expert="swiglu")
-    planned = moeca_compile.explain(model, *calls[0]).cache_bytes
     compiled = compile_model(model, calls[0], interval=4)
+    planned = moeca_compile.explain(compiled, *calls[0]).cache_bytes
     kinds = [run(compiled, *call).kind for call in calls]
     assert kinds == ["refresh", "reuse", "reuse", "reuse", "refresh", "reuse", "reuse"]
     assert moeca_compile.stats(compiled).cache_bytes == planned

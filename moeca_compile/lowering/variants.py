@@ -1,6 +1,6 @@
 """One compiled callable per variant of a step, made when it is first needed.
 
-Variants(analysis).get("reuse")(*model inputs, *caches, *counts, *mix) -> outputs, counters
+Variants(analysis).get("reuse")(*model inputs, *caches, *counts, *mix, *stacks) -> outputs, counters
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     before   w = stack([w_0, .., w_E])                in the graph: all of them through memory
     after    placeholder `stacked_0` [E, O, I]        behind the variant's other inputs
-    stacks(variant, weights) -> [stacked_0, ..]       kept on the device, one set for all variants
+    stacks.values(variant, inputs) -> [stacked_0, ..] kept on the device, one set for all variants
 
 A grouped product wants the weights of all experts as one tensor; modules hold one each. On a GPU a
 step that computes a tenth of the rows would spend a quarter of its time on copying weights. What is

@@ -16,16 +16,19 @@ file to read and `tests/capture/test_torch_compat.py` one file to run, however l
     without_kernels()         -> context      graphs run as they are where Inductor would compile
     mark_static(gm, at)       -> None         inputs whose addresses CUDA graphs may record
     raise_recompile_limit()   -> callable     puts it back
+    trace_no_more(call)       -> bool         what is left of the call runs as it is
     is_compile_wrapper(f)     -> bool         f is another function, compiled
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any
 
@@ -223,6 +226,39 @@ def raise_recompile_limit() -> Callable[[], None]:
     patch = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
     patch.__enter__()
     return lambda: patch.__exit__(None, None, None)
+
+
+_AS_IT_IS: set[int] = set()  # threads whose frames Dynamo is to leave alone
+
+
+def trace_no_more(call: CompileCall) -> bool:
+    """Run the frames that `call` still enters as they are; False if torch has no end of a call.
+
+    They get no mark, so the next call traces them. Dynamo has no public way for it: a stance counts
+    from the next call on, and a frame that a setting makes it skip stays skipped. Tested on 2.13.
+    """
+    thread = get_ident()
+    if not on_call_end(call, lambda: _AS_IT_IS.discard(thread)):
+        return False
+    _ask_before_tracing()
+    _AS_IT_IS.add(thread)
+    return True
+
+
+@functools.cache
+def _ask_before_tracing() -> None:
+    from torch._dynamo.convert_frame import CatchErrorsWrapper
+    from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+
+    convert = CatchErrorsWrapper.__call__
+
+    def ask(self: Any, *frame: Any) -> Any:
+        if get_ident() in _AS_IT_IS:
+            strategy = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+            return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
+        return convert(self, *frame)
+
+    CatchErrorsWrapper.__call__ = ask  # type: ignore[method-assign]
 
 
 def guard_identity(module: torch.nn.Module) -> bool:

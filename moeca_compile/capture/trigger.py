@@ -1,6 +1,7 @@
 """Analysing a model the first time a fragment of it runs, so that its next call is one graph.
 
-    call 1    fragments; the first one to run: find the root, install, note to lift Dynamo's marks
+    call 1    the first fragment to run: find the root, install, note to lift Dynamo's marks; the
+              rest of the call runs as it is
     end of 1  marks lifted: Dynamo will trace the root's forward again
     call 2    all dispatches in one graph -> captured; still broken at its end -> everything undone
     call 3..  nothing compiles
@@ -21,8 +22,8 @@ from ..torch_compat import (
     TracedFrame,
     compiled_root,
     on_call_end,
-    raise_recompile_limit,
     reset_code,
+    trace_no_more,
     traced_frame,
 )
 from .activity import compiling_for_moeca
@@ -150,7 +151,7 @@ def _analyse(call: RootCall, state: RootState, registry: RootRegistry) -> None:
         state.reason = "no dispatch could be replaced"
         return
     state.phase = Phase.INSTALLED
-    _raise_limit(call)  # the rest of this call is compiled in pieces, one per layer
+    trace_no_more(call.call)  # the next call traces all of it
     registry.remember(call)
     codes = entry_codes(call)
 
@@ -161,12 +162,6 @@ def _analyse(call: RootCall, state: RootState, registry: RootRegistry) -> None:
 
     if not on_call_end(call.call, lift):
         lift()
-
-
-def _raise_limit(call: RootCall) -> None:
-    put_back = raise_recompile_limit()
-    if not on_call_end(call.call, put_back):
-        put_back()
 
 
 def _judge_at_end(call: RootCall, state: RootState) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from capture.harness import capturing, plain
 from moeca_compile.capture.activity import compiling_for_moeca, is_marked_backend
-from moeca_compile.torch_compat import compile_call, compiling_with, on_call_end, traced_frame
+from moeca_compile.torch_compat import (
+    compile_call,
+    compiling_with,
+    on_call_end,
+    trace_no_more,
+    traced_frame,
+)
 
 
 def doubled_if_active(x: Tensor) -> Tensor:
@@ -91,3 +97,37 @@ def test_a_break_is_visible_to_the_backend() -> None:
     assert [frame.breaks for frame in frames] == [True, False]
     assert "test_torch_compat.py" in frames[0].reason
     assert frames[1].code is not function.__code__
+
+
+def test_the_rest_of_a_call_runs_as_it_is_and_is_traced_by_the_next() -> None:
+    compiled: list[str] = []
+    pause = [True]
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        frame = traced_frame()
+        assert frame is not None
+        compiled.append(frame.code.co_name.split("_at_")[0])
+
+        def run(*args: Any) -> Any:
+            if pause:
+                call = compile_call()
+                assert call is not None and trace_no_more(call)
+                pause.pop()
+            return gm.forward(*args)
+
+        return run
+
+    def inner(x: Tensor) -> Tensor:
+        return x * 3
+
+    def function(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return inner(x) - 1
+
+    x = torch.ones(2)
+    run = torch.compile(function, backend=backend)
+    assert torch.equal(run(x), x * 5) and compiled == ["function"]
+    assert torch.equal(run(x), x * 5)
+    assert compiled == ["function", "torch_dynamo_resume_in_function"]
+    assert torch.equal(run(x), x * 5) and len(compiled) == 2

@@ -33,11 +33,19 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import DisableTorchFunction
 from torch._C._dynamo.eval_frame import reset_code as _reset_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    track_tensor_tree,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree
 
@@ -311,6 +319,38 @@ def without_kernels() -> Iterator[None]:
 def compiles_kernels() -> bool:
     """False inside of `without_kernels`."""
     return _KERNELS[-1]
+
+
+class Trace:
+    """The graph that `make_fx` is making on this thread, to be added to by hand. Tested on 2.13."""
+
+    def __init__(self, tracer: Any) -> None:
+        self._tracer = tracer
+        self.graph: Graph = tracer.graph
+
+    @classmethod
+    def current(cls) -> Trace | None:
+        """None where nothing is traced."""
+        mode = get_proxy_mode()
+        return None if mode is None else cls(mode.tracer)
+
+    def node(self, value: Tensor) -> Node | None:
+        """The node that `value` stands for; None for a constant."""
+        found = get_proxy_slot(value, self._tracer, None)
+        return None if found is None else found.proxy.node
+
+    def stand_for(self, node: Node, like: Tensor) -> Tensor:
+        """A value of the look of `like`, taken for `node`."""
+        with disable_proxy_modes_tracing(), DisableTorchFunction():
+            value = torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=like.device
+            )
+        self.take(value, node)
+        return value
+
+    def take(self, value: Tensor, node: Node) -> None:
+        """From here on every op takes `value` for `node`."""
+        track_tensor_tree(value, Proxy(node, self._tracer), constant=None, tracer=self._tracer)
 
 
 def mark_static(gm: GraphModule, positions: Collection[int]) -> None:

@@ -6,7 +6,8 @@ evaluator.view(changed={attn: stale}, below)            # the same graph on anot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ class Evaluator:
 
     def set(self, node: Node, value: Any) -> None:
         self._memo[node] = value
+
+    def adopt(self, node: Node, value: Any) -> None:
+        """`set` a value for which all that is to happen after it has happened."""
+        self._after.pop(node, None)
+        self._memo[node] = value
+
+    @property
+    def known(self) -> Mapping[Node, Any]:
+        """The nodes that have a value, inputs included."""
+        return MappingProxyType(self._memo)
+
+    def has(self, node: Node) -> bool:
+        """Whether the node has a value."""
+        return node in self._memo
 
     def run_own(self, node: Node) -> Any:
         """The node's own op, replaced or not."""

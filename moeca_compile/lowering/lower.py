@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from ..graph.counterparts import looks
 from . import grouped, guards
 
 moeca = torch.ops.moeca
@@ -69,14 +70,15 @@ def _finished(graph_module: GraphModule) -> GraphModule:
 
 
 def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
-    """The same graph with LOWERINGS applied; only what takes the place of a node is traced."""
-    graph, made = Graph(), dict[Node, Any]()
+    """The same graph with LOWERINGS applied; only what takes the place of a node is traced, once
+    for all nodes that do the same to values of the same sizes."""
+    graph, made, traced = Graph(), dict[Node, Any](), dict[Any, Graph]()
     for node in gm.graph.nodes:
         whole = made.get(node.args[0]) if node.target is getitem else None
         if isinstance(whole, tuple):
             made[node] = whole[node.args[1]]
         elif node.target in LOWERINGS:
-            made[node] = _inline(graph, node, made, fake_mode)
+            made[node] = _inline(graph, node, made, fake_mode, traced)
         else:
             made[node] = graph.node_copy(node, made.__getitem__)
     lowered = GraphModule(gm, graph)
@@ -84,8 +86,26 @@ def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
     return _finished(lowered)
 
 
-def _inline(graph: Graph, node: Node, made: dict[Node, Any], fake_mode: Any) -> Any:
+def _inline(
+    graph: Graph, node: Node, made: dict[Node, Any], fake_mode: Any, traced: dict[Any, Graph]
+) -> Any:
     """Append what `node` is lowered to; its result as nodes of `graph`."""
+    key = _kind(node)
+    inner = traced.get(key)
+    if inner is None:
+        inner = traced[key] = _trace_node(node, fake_mode)
+    holes = inner.find_nodes(op="placeholder")
+    names = dict(zip(holes, (made[a] for a in node.all_input_nodes), strict=True))
+    for each in inner.nodes:
+        if each.op == "output":
+            return map_arg(each.args[0], names.__getitem__)
+        if each.op != "placeholder":
+            names[each] = graph.node_copy(each, names.__getitem__)
+            names[each].meta.update({k: node.meta[k] for k in ORIGIN if k in node.meta})
+    return None
+
+
+def _trace_node(node: Node, fake_mode: Any) -> Graph:
     inputs = node.all_input_nodes
 
     def run(*given: Any) -> Any:
@@ -94,16 +114,19 @@ def _inline(graph: Graph, node: Node, made: dict[Node, Any], fake_mode: Any) -> 
         return LOWERINGS[node.target](*args, **kwargs)
 
     with torch.no_grad(), fake_mode:
-        inner = make_fx(run, pre_dispatch=True)(*(a.meta["val"] for a in inputs))
-    holes = inner.graph.find_nodes(op="placeholder")
-    names = dict(zip(holes, (made[a] for a in inputs), strict=True))
-    for each in inner.graph.nodes:
-        if each.op == "output":
-            return map_arg(each.args[0], names.__getitem__)
-        if each.op != "placeholder":
-            names[each] = graph.node_copy(each, names.__getitem__)
-            names[each].meta.update({k: node.meta[k] for k in ORIGIN if k in node.meta})
-    return None
+        return make_fx(run, pre_dispatch=True)(*(a.meta["val"] for a in inputs)).graph
+
+
+def _kind(node: Node) -> tuple[Any, ...]:
+    """What its lowering depends on: the op, its constants, and what its inputs look like. Sizes
+    that are known at run time only count as equal where they are one symbol."""
+    inputs = node.all_input_nodes
+    place = {each: f"%{i}" for i, each in enumerate(inputs)}
+    return (
+        node.target,
+        repr(map_arg((node.args, node.kwargs), place.__getitem__)),  # type: ignore[arg-type]
+        *(looks(each.meta["val"]) for each in inputs),
+    )
 
 
 def _is_impure(node: Node) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.nn import Module
 
-from .repeats import Group, find_groups, inputs_of
+from ..graph.counterparts import inputs_of
+from .repeats import Group, find_groups
 
 Compile = Callable[[GraphModule, list[Any], set[int]], Callable[..., Any]]
 

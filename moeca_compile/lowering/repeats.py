@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph, Node, map_arg
+from torch.fx import Graph, Node
 
+from ..graph.counterparts import doing, inputs_of
 from ..graph.functional import storage_of
 
 MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
@@ -66,7 +67,7 @@ def _groups(order: Sequence[Node], position: dict[Node, int]) -> list[Group]:
 
 def _candidates(order: Sequence[Node]) -> list[tuple[int, int, int]]:
     """(start, length, count) of what looks like runs, those that save most nodes first."""
-    labels = [_label(n) for n in order]
+    labels = [doing(n) for n in order]
     places: dict[Any, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         places[label].append(i)
@@ -120,19 +121,6 @@ def _fixed(node: Node) -> Tensor | None:
     return value if constant else None
 
 
-def _label(node: Node) -> tuple[Any, str]:
-    """What the node does, whatever it does it to."""
-    return node.target, repr(map_arg((node.args, node.kwargs), lambda _: _ANY))  # type: ignore[arg-type]
-
-
-class _Any:
-    def __repr__(self) -> str:
-        return "*"
-
-
-_ANY = _Any()
-
-
 def _group(runs: tuple[tuple[Node, ...], ...], position: dict[Node, int]) -> Group | None:
     """The runs with what they take and give; None where they do not do the same.
 
@@ -142,7 +130,7 @@ def _group(runs: tuple[tuple[Node, ...], ...], position: dict[Node, int]) -> Gro
     places = [{node: i for i, node in enumerate(run)} for run in runs]
     slots: dict[tuple[Node, ...], None] = {}
     for nodes in zip(*runs, strict=True):
-        if any(_label(n) != _label(nodes[0]) for n in nodes[1:]):
+        if any(doing(n) != doing(nodes[0]) for n in nodes[1:]):
             return None
         for given in zip(*(inputs_of(n) for n in nodes), strict=True):
             at = {place.get(n) for place, n in zip(places, given, strict=True)}
@@ -161,13 +149,6 @@ def _group(runs: tuple[tuple[Node, ...], ...], position: dict[Node, int]) -> Gro
     ordered = sorted(slots, key=lambda given: position[given[0]])
     operands = tuple(zip(*ordered, strict=True)) if ordered else tuple(() for _ in runs)
     return Group(runs, operands, tuple(sorted(results)))
-
-
-def inputs_of(node: Node) -> list[Node]:
-    """Every node among the arguments, as often and in the order as it stands there."""
-    found: list[Node] = []
-    map_arg((node.args, node.kwargs), found.append)  # type: ignore[arg-type]
-    return found
 
 
 def _alike(given: Sequence[Node]) -> bool:

@@ -29,10 +29,12 @@ from ..graph.evaluate import Evaluator
 from ..graph.region import ChoiceRegion
 from ..graph.row_cache import RowCache
 from ..options import Options
+from ..torch_compat import Trace
 from .attention_first import AttentionFirst
 from .cache_plan import CLOCK, CachePlan, LayerPlan
 from .choice_layer import ChoiceAttentionFirst, ChoiceRouterFirst
 from .choice_refresh import compute_all, count_chosen
+from .copied_layers import CopiedLayers
 from .evidence import average, reuse_evidence
 from .forecast import (
     finish_refresh,
@@ -114,16 +116,32 @@ def variant_outputs(
     evidence: list[Tensor] = []
     stores: dict[Node, Callable[[], None]] = {}
     reuse = _install(evaluator, plan, options, variant, extra, evidence, stores)
+
+    def trace_layer(number: int) -> tuple[Tensor, ...]:
+        """What the layer adds to the graph; its counters, in a reuse step, and its evidence."""
+        end, before = plan.layers[number].region.combine, len(evidence)
+        evaluator.value(end)
+        if end in stores:
+            stores[end]()
+        if not reuse:
+            return tuple(evidence[before:])
+        found = reuse[number].counters()
+        return (found, reuse_evidence(reuse[number])) if plan.layers[number].evidence else (found,)
+
     # Layer by layer, so that the recursion never gets deeper than one layer.
-    ends = {region.combine for region in (*(p.region for p in plan.layers), *plan.left_out)}
-    counted = {layer.region.combine: layer for layer in reuse}
+    trace = Trace.current()
+    copied = CopiedLayers(evaluator, plan, options, extra, reuse, trace) if trace else None
+    numbers = {layer.region.combine: i for i, layer in enumerate(plan.layers)}
+    left_out = {region.combine for region in plan.left_out}
+    found: dict[int, tuple[Tensor, ...]] = {}
     for node in gm.graph.nodes:
-        if node in ends:
+        if node in numbers:
+            number = numbers[node]
+            build = partial(trace_layer, number)
+            found[number] = copied.build(number, build) if copied else build()
+        elif node in left_out:
             evaluator.value(node)
-        if node in stores:
-            stores[node]()
-        if node in counted:
-            counted[node].counters()
+    by_layer = [found[i] for i in range(len(plan.layers))]
     outputs = [evaluator.value(n) for n in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
     if variant == "refresh":
         for times in (name for layer in plan.layers for name in layer.times):
@@ -136,8 +154,8 @@ def variant_outputs(
         return outputs, (*counts, measure)
     if variant == "reuse":
         update_layers(plan.histories, evaluator, extra.caches)
-        counts = [torch.stack([r.counters() for r in reuse])]
-        evidence = [reuse_evidence(r) for r in reuse if r.layer.evidence]
+        counts = [torch.stack([counters for counters, *_ in by_layer])]
+    evidence = [each for found in by_layer for each in found[len(reuse) > 0 :]]
     return outputs, (*counts, average(evidence)) if evidence else tuple(counts)
 
 
@@ -158,8 +176,8 @@ def _install(
 ) -> list[ReuseLayer]:
     """Replace what the variant does not compute as written; the reuse layers, where it has any.
 
-    evidence: takes what a refresh finds, layer by layer, as the graph is evaluated. stores: takes
-    what is to be stored, to be called behind the node.
+    evidence: takes what a refresh finds as the graph is evaluated. stores: takes what is to be
+    stored, to be called behind the node.
     """
     reuse: list[ReuseLayer] = []
     if variant == "forecast":

@@ -35,6 +35,11 @@ class ReuseInputs:
     def caches(self) -> dict[str, Tensor]:
         return self.rows.caches
 
+    @property
+    def counts(self) -> tuple[Tensor | int | None, ...]:
+        """All counts."""
+        return self.branches, self.tokens, self.touched
+
 
 def allowed_counts(layers: Sequence[LayerPlan], budget: float) -> list[list[int]]:
     """Per layer the branches of each group and the tokens of each sample that a budget allows, and

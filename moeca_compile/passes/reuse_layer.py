@@ -68,7 +68,6 @@ class ReuseLayer(ABC):
         self.inputs = inputs
         self._outside = needed - layer.roots
         self._counts: dict[str, Any] = {}
-        self._counted: tuple[list[Any], Tensor] | None = None
         self.drifted: Tensor | None = None  # [T, K], of branches' inputs, once the guard has run
 
     @abstractmethod
@@ -76,17 +75,9 @@ class ReuseLayer(ABC):
         """Replace the region's roots; what is needed first builds what it depends on."""
 
     def counters(self) -> Tensor:
-        """int64 [fields], in the order of telemetry.FIELDS, counted from what ran so far.
-
-        Asked for behind each layer and again at the end: only what was counted since is built anew,
-        so that a layer's part of the graph stays together (lowering/repeats.py).
-        """
-        values = [self._counts.get(name, 0) for name in FIELDS]
-        before = self._counted
-        if before is None or any(a is not b for a, b in zip(before[0], values, strict=True)):
-            zero = torch.zeros((), dtype=torch.int64, device=self.computed.device)
-            before = self._counted = (values, torch.stack([zero + v for v in values]))
-        return before[1]
+        """int64 [fields], in the order of telemetry.FIELDS, counted from what ran."""
+        zero = torch.zeros((), dtype=torch.int64, device=self.computed.device)
+        return torch.stack([zero + self._counts.get(name, 0) for name in FIELDS])
 
     @property
     def reads_sizes(self) -> bool:

@@ -138,8 +138,13 @@ def _noise() -> Any:
 
 
 def _cache_dit(model: nn.Module) -> Any:
-    """Caching of whole blocks by another package, with its defaults; eager, as it comes."""
+    """Caching of whole blocks by another package, eager, as it comes: its defaults, but that one
+    block tells whether to compute the others, since these models have fewer than its eight.
+
+    Its first eight steps are computed: give it twenty or more.
+    """
     import cache_dit
 
-    cache_dit.enable_cache(model.transformer)
+    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1)
+    cache_dit.enable_cache(model.transformer, cache_config=config)
     return model

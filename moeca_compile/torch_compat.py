@@ -255,14 +255,15 @@ def trace_no_more(call: CompileCall) -> bool:
 
 @functools.cache
 def _ask_before_tracing() -> None:
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
     from torch._dynamo.convert_frame import CatchErrorsWrapper
-    from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+    from torch._dynamo.types import ConvertFrameReturn
 
     convert = CatchErrorsWrapper.__call__
 
     def ask(self: Any, *frame: Any) -> Any:
         if get_ident() in _AS_IT_IS:
-            strategy = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+            strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
             return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
         return convert(self, *frame)
 

@@ -141,7 +141,8 @@ class CopiedLayers:
             raise Different
         sources = self._sources(number)
         same = self._same_source(part, number, pairs)
-        now = {key: sources[same(key)] for key in part.read if same(key) in sources}
+        keys = {key: same(key) for key in part.read}
+        now = {key: sources[k] for key, k in keys.items() if k is not None and k in sources}
         operands: dict[Node, Tensor] = {}
         for key, value in now.items():
             before = operands.setdefault(part.read[key], value)

@@ -141,10 +141,20 @@ def _cache_dit(model: nn.Module) -> Any:
     """Caching of whole blocks by another package, eager, as it comes: its defaults, but that one
     block tells whether to compute the others, since these models have fewer than its eight.
 
-    Its first eight steps are computed: give it twenty or more.
+    Its first eight steps of a generation are computed: give it twenty or more.
     """
     import cache_dit
 
     config = cache_dit.DBCacheConfig(Fn_compute_blocks=1)
     cache_dit.enable_cache(model.transformer, cache_config=config)
-    return model
+    before = 0.0
+
+    def denoise(**inputs: Tensor) -> Tensor:
+        nonlocal before
+        now = float(inputs["timesteps"].max())
+        if now > before:  # another generation
+            cache_dit.refresh_context(model.transformer, cache_config=config)
+        before = now
+        return model(**inputs)
+
+    return denoise

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunction
 from torch._C._dynamo.eval_frame import reset_code as _reset_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext, tracing
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
@@ -352,6 +353,31 @@ class Trace:
     def take(self, value: Tensor, node: Node) -> None:
         """From here on every op takes `value` for `node`."""
         track_tensor_tree(value, Proxy(node, self._tracer), constant=None, tracer=self._tracer)
+
+    def copy(self, node: Node, operand: Callable[[Node], Node]) -> Node:
+        """Append `node` once more, on other operands.
+
+        A size that it reads at run time is another one, within the same bounds: by this entry of
+        `meta` whoever traces the graph again finds what is known of it.
+        """
+        made = self.graph.node_copy(node, operand)
+        sizes = node.meta.get("unbacked_bindings")
+        mode = detect_fake_mode() if sizes else None
+        if sizes and mode is not None and mode.shape_env is not None:
+            env = mode.shape_env
+            made.meta["unbacked_bindings"] = {_like(s, env): at for s, at in sizes.items()}
+        return made
+
+
+def _like(symbol: Any, env: ShapeEnv) -> Any:
+    """A new symbol for a size known at run time only, within the bounds of `symbol`."""
+    bounds = env.bound_sympy(symbol)
+    with disable_proxy_modes_tracing(), env.ignore_fresh_unbacked_symbols():
+        size = env.create_unbacked_symint()
+        for bound, holds in ((bounds.lower, operator.ge), (bounds.upper, operator.le)):
+            if bound.is_finite:
+                torch._check(holds(size, int(bound)))
+    return size.node.expr
 
 
 def mark_static(gm: GraphModule, positions: Collection[int]) -> None:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .reuse_layer import ReuseLayer
 
 ORIGIN = ("nn_module_stack", "stack_trace")
-# Names what the symbols of a size known at run time only are; in a copy they would be another's.
-BINDINGS = "unbacked_bindings"
 SYMBOLS = (SymInt, SymFloat, SymBool)
 
 
@@ -215,8 +213,7 @@ class CopiedLayers:
             return found
 
         for node in part.nodes:
-            copy = made[node] = self._trace.graph.node_copy(node, operand)
-            copy.meta.pop(BINDINGS, None)
+            copy = made[node] = self._trace.copy(node, operand)
             if source := origins.get(_origin(node)):
                 copy.meta.update({k: source.meta[k] for k in ORIGIN if k in source.meta})
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from moeca_compile import Options
 from moeca_compile.graph.retrace import fake_like
 from moeca_compile.lowering.pieces import compile_in_pieces
 from moeca_compile.lowering.repeats import find_groups
-from moeca_compile.torch_compat import new_fake_mode
+from moeca_compile.torch_compat import new_fake_mode, without_kernels
 
 DEPTH = 4
 QUICK = ("attention_first",)
@@ -274,3 +275,19 @@ def test_with_inductor(name: str) -> None:
         assert moeca_compile.stats(compiled).refresh_steps < len(calls)
     for a, b in zip(*outputs, strict=True):
         assert (a - b).norm() / b.norm() < 1e-5
+
+
+@pytest.mark.slow
+def test_copied_layers_read_sizes_of_their_own() -> None:
+    """One graph with a size of its own in every layer, by Inductor: copies keep what bounds it."""
+    model = make("I1", num_experts=4, depth=DEPTH, shared=True)
+    calls = trajectory(model, 3, dx=0.05)
+    given = {"policy": "moeca", "interval": 3, "compile_repeats": False}
+    outputs = []
+    for context in (nullcontext(), without_kernels()):
+        compiled = compile_model(model, calls[0], **given)
+        with torch.no_grad(), context:
+            outputs.append([compiled(*call) for call in calls])
+        torch._dynamo.reset()
+    for compiled_one, as_is in zip(*outputs, strict=True):
+        assert torch.allclose(compiled_one, as_is, atol=1e-5)

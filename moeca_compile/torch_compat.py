@@ -237,7 +237,7 @@ def raise_recompile_limit() -> Callable[[], None]:
     return lambda: patch.__exit__(None, None, None)
 
 
-_AS_IT_IS: set[int] = set()  # threads whose frames Dynamo is to leave alone
+_AS_IT_IS: dict[int, FrameType] = {}  # by thread: in which call Dynamo is to leave frames alone
 
 
 def trace_no_more(call: CompileCall) -> bool:
@@ -247,10 +247,14 @@ def trace_no_more(call: CompileCall) -> bool:
     from the next call on, and a frame that a setting makes it skip stays skipped. Tested on 2.13.
     """
     thread = get_ident()
-    if not on_call_end(call, lambda: _AS_IT_IS.discard(thread)):
+
+    def resume() -> None:
+        _AS_IT_IS.pop(thread, None)
+
+    if not on_call_end(call, resume):
         return False
     _ask_before_tracing()
-    _AS_IT_IS.add(thread)
+    _AS_IT_IS[thread] = call.frame
     return True
 
 
@@ -263,7 +267,9 @@ def _ask_before_tracing() -> None:
     convert = CatchErrorsWrapper.__call__
 
     def ask(self: Any, *frame: Any) -> Any:
-        if get_ident() in _AS_IT_IS:
+        paused = _AS_IT_IS.get(get_ident())
+        call = compile_call() if paused is not None else None
+        if call is not None and call.frame is paused:  # not one that has ended some other way
             strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
             return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
         return convert(self, *frame)

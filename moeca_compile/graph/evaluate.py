@@ -32,6 +32,11 @@ class Evaluator:
         """Undo `replace`: the node's own op counts again."""
         self._replace.pop(node, None)
 
+    @property
+    def replaced(self) -> frozenset[Node]:
+        """Nodes whose own op does not count, as of now."""
+        return frozenset(self._replace)
+
     def after(self, node: Node, act: Callable[[Any], None]) -> None:
         """When `node` first has a value, hand it to `act` as well."""
         self._after[node] = act

@@ -22,7 +22,6 @@ from ..graph.counterparts import Counterparts, Different
 from ..graph.evaluate import Evaluator
 from ..torch_compat import Trace, leaves, map_leaves
 from .cache_plan import CachePlan, row_specs
-from .histories import History
 
 if TYPE_CHECKING:
     from ..options import Options
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 ORIGIN = ("nn_module_stack", "stack_trace")
 SYMBOLS = (SymInt, SymFloat, SymBool)
-
+PATTERNS = 3  # kinds of layers that take turns, at most
 
 Key = tuple[Any, ...]  # of a value that a layer may read: ("node", node, 0), ("cache", name), ...
 
@@ -85,10 +84,13 @@ class CopiedLayers:
         self._trace = trace
         self._parts: list[Part] = []
         self._histories = {h.node: h for h in plan.histories.layers}
+        self._replaced = evaluator.replaced
+        attention = [a.region for layer in plan.layers for a in layer.attention]
+        self._beside = {part.node: part for region in attention for part in region.beside}
 
     def build(self, number: int, trace: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `trace` returns for layer `number`, and the nodes it adds: `trace`d, or copied."""
-        for part in reversed(self._parts):
+        for part in reversed(self._parts[-PATTERNS:]):
             try:
                 found = self._copy(part, number)
             except Different:
@@ -172,12 +174,24 @@ class CopiedLayers:
         pairs.pair(one.region.combine, other.region.combine)
         pairs.pair(one, other)
         pairs.settle()
-        needed = self._plan.needed
-        if any((a in needed) is not (b in needed) for a, b in pairs.of.items()):
+        if any(self._treatment(a) != self._treatment(b) for a, b in pairs.of.items()):
             raise Different
-        if not part.values.keys() <= pairs.of.keys():
-            raise Different
+        region = one.region
+        own = {*one.roots, *region.routing, region.routed, region.combine, *self._beside}
+        replaced = part.values.keys() & self._replaced
+        if not part.values.keys() <= pairs.of.keys() or not replaced <= own:
+            raise Different  # another layer's plan, which nobody compared, has a say in it
         return pairs
+
+    def _treatment(self, node: Node) -> tuple[Any, ...]:
+        """What a variant does about the node, whichever layer it belongs to."""
+        history, part = self._histories.get(node), self._beside.get(node)
+        return (
+            node in self._plan.needed,
+            node in self._replaced,
+            history and (history.depth, history.kind),
+            part and (part.layout, part.space, part.start),
+        )
 
     def _same_source(
         self, part: Part, number: int, pairs: Counterparts
@@ -187,8 +201,8 @@ class CopiedLayers:
         specs = [row_specs(layer, self._options) for layer in layers]
         names = {a.name: b.name for a, b in zip(*specs, strict=True)}
         for node, history in self._histories.items():
-            if node in pairs.of:
-                names.update(_fields(history, self._histories.get(pairs.of[node])))
+            if node in pairs.of:  # of the same depth, as their treatment is the same
+                names |= zip(history.fields, self._histories[pairs.of[node]].fields, strict=True)
 
         def same(key: Key) -> Key | None:
             if key[0] == "node":
@@ -222,9 +236,3 @@ class CopiedLayers:
 def _origin(node: Node) -> tuple[str, str]:
     stack, trace = (node.meta.get(k) for k in ORIGIN)
     return str(stack and list(stack.items())), str(trace)
-
-
-def _fields(one: History, other: History | None) -> list[tuple[str, str]]:
-    if other is None or (one.depth, one.kind) != (other.depth, other.kind):
-        raise Different
-    return list(zip(one.fields, other.fields, strict=True))

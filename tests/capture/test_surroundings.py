@@ -101,8 +101,7 @@ def test_many_layers_that_share_no_compiled_code_hit_no_limit() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, added = run_steps(torch.compile(model, backend=backend), counter, STEPS[:3])
-    assert added[0] > 10
-    assert added[1:] == [1, 0]
+    assert added == [1, 1, 0]
     assert torch._dynamo.config.recompile_limit == 8
 
 

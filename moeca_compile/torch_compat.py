@@ -17,6 +17,7 @@ file to read and `tests/capture/test_torch_compat.py` one file to run, however l
     mark_static(gm, at)       -> None         inputs whose addresses CUDA graphs may record
     raise_recompile_limit()   -> callable     puts it back
     trace_no_more(call)       -> bool         what is left of the call runs as it is
+    Trace.current()           -> Trace        what make_fx is making, to be added to by hand
     is_compile_wrapper(f)     -> bool         f is another function, compiled
 """
 

@@ -29,9 +29,11 @@ class Counterparts:
     """
 
     def __init__(
-        self, gm: GraphModule, first_given: Callable[[Node], bool],
+        self,
+        gm: GraphModule,
+        first_given: Callable[[Node], bool],
         second_given: Callable[[Node], bool],
-    ):  # fmt: skip
+    ):
         self.of: dict[Node, Node] = {}
         self._gm = gm
         self._given = first_given, second_given

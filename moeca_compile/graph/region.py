@@ -17,6 +17,7 @@ from .chosen import Groups
 from .layout import Layout, RowSpace
 
 PACKAGE = str(Path(__file__).parents[1])
+ORIGIN = ("nn_module_stack", "stack_trace")  # where in the user's code a node comes from
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from ..graph.counterparts import looks
+from ..graph.region import ORIGIN
 from . import grouped, guards
 
 moeca = torch.ops.moeca
-ORIGIN = ("nn_module_stack", "stack_trace")  # where in the user's code a node comes from
 
 
 def _read(cache: Tensor, rows: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from ..graph.counterparts import Counterparts, Different
 from ..graph.evaluate import Evaluator
+from ..graph.region import ORIGIN
 from ..torch_compat import Trace, leaves, map_leaves
 from .cache_plan import CachePlan, row_specs
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .insert_cache import VariantInputs
     from .reuse_layer import ReuseLayer
 
-ORIGIN = ("nn_module_stack", "stack_trace")
 SYMBOLS = (SymInt, SymFloat, SymBool)
 PATTERNS = 3  # kinds of layers that take turns, at most
 

@@ -15,7 +15,8 @@ import moeca_compile.passes.insert_cache as insert_cache
 from graph_runs import compile_model, only_entry, use_graph_level
 from idioms import make, trajectory
 from moeca_compile.graph.counterparts import Different, looks
-from moeca_compile.passes.copied_layers import ORIGIN, CopiedLayers
+from moeca_compile.graph.region import ORIGIN
+from moeca_compile.passes.copied_layers import CopiedLayers
 
 DEPTH = 4
 ROWS: dict[str, Any] = {"policy": "moeca", "interval": 3, "budget": 0.3}

@@ -343,6 +343,18 @@ class Trace:
         mode = get_proxy_mode()
         return None if mode is None else cls(mode.tracer)
 
+    @property
+    def last(self) -> Node:
+        """The newest node, the graph's root where there is none."""
+        return next(iter(reversed(self.graph.nodes)), self.graph._root)
+
+    def behind(self, node: Node) -> list[Node]:
+        """All nodes newer than `node`."""
+        found = []
+        while (node := node.next) is not self.graph._root:
+            found.append(node)
+        return found
+
     def node(self, value: Tensor) -> Node | None:
         """The node that `value` stands for; None for a constant."""
         found = get_proxy_slot(value, self._tracer, None)

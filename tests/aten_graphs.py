@@ -8,6 +8,7 @@ after = graph.run()
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
+from moeca_compile.graph.counterparts import looks
 from moeca_compile.graph.experts import routed_experts
+from moeca_compile.graph.region import ORIGIN
 from moeca_compile.graph.retrace import retrace
 
 
@@ -98,3 +101,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _widened(value: Tensor) -> Tensor:
     return value.to(_wide(value.dtype))
+
+
+def described(gm: GraphModule) -> list[Any]:
+    """Every node by op, arguments, look and where it comes from. Symbols have no names."""
+    place = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
+    return [
+        (
+            node.op,
+            str(node.target) if node.op != "placeholder" else "",
+            repr(map_arg((node.args, node.kwargs), place.__getitem__)),
+            re.sub(r"\bu\d+", "u", str(looks(node.meta.get("val")))),
+            [str(node.meta.get(key)) for key in ORIGIN] if node.op == "call_function" else [],
+        )
+        for node in gm.graph.nodes
+    ]

@@ -20,20 +20,20 @@ _ROWS_PER_EXPERT = 16  # enough for every expert to receive some
 _SAMPLES = 2  # one alone would not tell a batch from a single vector
 
 
-def fewer_rows(recorded: Any, experts: int) -> Any | None:
-    """`recorded` with fewer samples, or None where that would save less than half."""
+def fewer_rows(recorded: Any, experts: int, *, samples: int = _SAMPLES) -> Any | None:
+    """`recorded` with fewer samples, at least `samples`; None where that saves less than half."""
     tensors = [leaf for leaf in leaves(recorded)[0] if isinstance(leaf, Tensor)]
     rows = next((t for t in tensors if t.dim() > 1 and t.is_floating_point()), None)
     if rows is None:
         return None
-    samples, each = rows.shape[0], math.prod(rows.shape[1:-1])
+    given, each = rows.shape[0], math.prod(rows.shape[1:-1])
     wanted = max(_ROWS, _ROWS_PER_EXPERT * experts)
-    kept = max(_SAMPLES, math.ceil(wanted / max(1, each)))
-    if 2 * kept > samples:
+    kept = max(samples, math.ceil(wanted / max(1, each)))
+    if 2 * kept > given:
         return None
 
     def cut(leaf: Any) -> Any:
-        aligned = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples
+        aligned = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == given
         return leaf[:kept] if aligned else leaf
 
     return map_leaves(cut, recorded)

@@ -39,14 +39,16 @@ class Mutation(Exception):
 
 def make_functional(gm: GraphModule) -> int:
     """Replace in-place ops; returns how many. Raises Mutation where that changes the result."""
-    through = [n for n in gm.graph.nodes if _mutates(n) and _part_of(n)]
+    if not any(map(mutates, gm.graph.nodes)):
+        return 0
+    through = [n for n in gm.graph.nodes if mutates(n) and _part_of(n)]
     for node in through:
         _write_part(gm, node)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     aliases = _by_storage(gm)
     changed = 0
     for node in list(gm.graph.nodes):
-        if not _mutates(node):
+        if not mutates(node):
             continue
         target = _functional(node)
         _check_aliases(node, aliases, order)
@@ -83,7 +85,8 @@ def _write_part(gm: GraphModule, node: Node) -> None:
     whole.replace_all_uses_with(new, delete_user_cb=lambda u: order.get(u, -1) > order[node])
 
 
-def _mutates(node: Node) -> bool:
+def mutates(node: Node) -> bool:
+    """Whether the node writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
 

@@ -23,11 +23,9 @@ from torch.fx.traceback import preserve_node_meta
 
 from ..torch_compat import new_fake_mode, placeholder_source
 from .constant_reads import WithConstants, constants, reads_numbers
-from .functional import Mutation, make_functional
+from .functional import Mutation, make_functional, mutates
 from .region import source_line
-
-ENTER = torch.amp.autocast_mode._enter_autocast
-EXIT = torch.amp.autocast_mode._exit_autocast
+from .retrace_repeats import ENTER, EXIT, RetraceRepeats
 
 
 class Untraceable(Exception):
@@ -69,14 +67,20 @@ def retrace(gm: GraphModule, values: Sequence[Any]) -> AtenGraph:
     tensors = [i for i, v in enumerate(fakes) if isinstance(v, Tensor)]
     known = constants(gm, fakes) if reads_numbers(gm) else {}  # real values: no mode is on yet
 
-    def run(*args: Tensor) -> Any:
-        full = list(fakes)
-        for position, value in zip(tensors, args, strict=True):
-            full[position] = value
-        return WithConstants(gm, known).run(*full)
+    def trace(interpreter: WithConstants) -> GraphModule:
+        def run(*args: Tensor) -> Any:
+            full = list(fakes)
+            for position, value in zip(tensors, args, strict=True):
+                full[position] = value
+            return interpreter.run(*full)
 
-    with torch.no_grad(), fake_mode, preserve_node_meta():
-        traced = make_fx(run, pre_dispatch=True)(*(fakes[i] for i in tensors))
+        with torch.no_grad(), fake_mode, preserve_node_meta():
+            return make_fx(run, pre_dispatch=True)(*(fakes[i] for i in tensors))
+
+    repeats = RetraceRepeats(gm, known)
+    traced = trace(repeats)
+    if repeats.copied and any(map(mutates, traced.graph.nodes)):
+        traced = trace(WithConstants(gm, known))  # copies do not show which values share memory
     _strip_disabled_autocast(traced)
     try:
         make_functional(traced)

@@ -24,6 +24,7 @@ from .layout import Layout, RowSpace, Selection, is_windowed, row_layout, tags
 from .pull import RowPuller
 from .region import RowRoot, StreamPart
 from .rule_base import argument, shape_of
+from .seen_ops import SeenOps
 
 
 def stream_parts(whole: Node, space: RowSpace) -> tuple[StreamPart, ...]:
@@ -139,7 +140,7 @@ class WholeRows(RowPuller):
 def asked_by(part: StreamPart) -> set[Node]:
     """What is needed in full to compute the part with `WholeRows`."""
     value = part.node.meta["val"]
-    with value.fake_mode, torch.no_grad():
+    with value.fake_mode, torch.no_grad(), SeenOps(value.fake_mode):
         puller = WholeRows(part, lambda n: n.meta["val"])
         puller.rows()
     return puller.asked

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.nn import Module
 
 from ..graph.counterparts import inputs_of
-from .repeats import Group, find_groups
+from ..graph.repeats import Group, find_groups
 
 Compile = Callable[[GraphModule, list[Any], set[int]], Callable[..., Any]]
 

@@ -11,7 +11,7 @@ the second is the first one copied. What differs in anything is traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,21 +100,16 @@ class CopiedLayers:
         known = frozenset(self._evaluator.known)
         sources = self._sources(number)
         read = self._standing_for(sources)
-        last = next(iter(reversed(self._trace.graph.nodes)))
+        last = self._trace.last
         found = trace()
         values = {n: v for n, v in self._evaluator.known.items() if n not in known}
-        nodes = tuple(self._behind(last))
+        nodes = tuple(self._trace.behind(last))
         after = self._standing_for(sources)
         moved = {key: node for key, node in after.items() if read.get(key) is not node}
         made = {id(v): v for v in leaves((values, found))[0] if isinstance(v, Tensor)}
         stands = self._standing_for(made)
         self._parts.append(Part(number, known, values, nodes, found, stands, read, moved))
         return found
-
-    def _behind(self, node: Node) -> Iterator[Node]:
-        root = self._trace.graph._root
-        while (node := node.next) is not root:
-            yield node
 
     def _sources(self, number: int) -> dict[Key, Tensor]:
         """All tensors from outside that building layer `number` may read."""

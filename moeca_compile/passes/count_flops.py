@@ -114,7 +114,8 @@ def _row_flops(roots: list[RowRoot], plan: CachePlan, layer: LayerPlan) -> float
         return 0.0
     available = set(plan.needed) - {r.node for r in roots}
     with _counter() as counter:
-        dry_pull(roots, available, layer.region.space, rows=layer.region.space.tokens)
+        space = layer.region.space
+        dry_pull(roots, available, space, rows=space.tokens, every_op=True)
     return counter.get_total_flops() / layer.tokens
 
 

@@ -221,7 +221,7 @@ def _install_full(
     """Every row is computed; with `rows` every row is also stored.
 
     What lies around the branches is stored behind them: wherever its values come from, layers then
-    look alike and are compiled once (lowering/repeats.py).
+    look alike and are compiled once (graph/repeats.py).
     """
     region = layer.region
     if isinstance(region, ChoiceRegion):

@@ -49,7 +49,7 @@ class RouterFirst(ReuseLayer):
         """The graph with attention as cached, read before anything is written in this step.
 
         What comes from earlier layers is evaluated before it, so that the first and the last layer
-        look like all others and are compiled once with them (lowering/repeats.py).
+        look like all others and are compiled once with them (graph/repeats.py).
         """
         roots = {a.root.root.node: a.root for a in self.layer.attention}
         below: set[Node] = set()

@@ -17,9 +17,9 @@ import moeca_compile.lowering.variants as variants_module
 from graph_runs import compile_model, only_entry, use_graph_level
 from idioms import make, trajectory
 from moeca_compile import Options
+from moeca_compile.graph.repeats import find_groups
 from moeca_compile.graph.retrace import fake_like
 from moeca_compile.lowering.pieces import compile_in_pieces
-from moeca_compile.lowering.repeats import find_groups
 from moeca_compile.torch_compat import new_fake_mode, without_kernels
 
 DEPTH = 4

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.fx import GraphModule, map_arg
 
 import moeca_compile.passes.insert_cache as insert_cache
+from aten_graphs import described
 from graph_runs import compile_model, only_entry, use_graph_level
 from idioms import make, trajectory
-from moeca_compile.graph.counterparts import Different, looks
-from moeca_compile.graph.region import ORIGIN
+from moeca_compile.graph.counterparts import Different
 from moeca_compile.passes.copied_layers import CopiedLayers
 
 DEPTH = 4
@@ -59,21 +57,6 @@ def variants_of(monkeypatch: pytest.MonkeyPatch, model: nn.Module, **options: An
 def names(variants: Any) -> list[str]:
     """Variants that compute layers."""
     return ["plain", "refresh", *(variants.analysis.plan.variants & {"reuse"})]
-
-
-def described(gm: GraphModule) -> list[Any]:
-    """Every node by op, arguments, look and where it comes from. Symbols have no names."""
-    place = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
-    return [
-        (
-            node.op,
-            str(node.target) if node.op != "placeholder" else "",
-            repr(map_arg((node.args, node.kwargs), place.__getitem__)),
-            re.sub(r"\bu\d+", "u", str(looks(node.meta.get("val")))),
-            [str(node.meta.get(key)) for key in ORIGIN] if node.op == "call_function" else [],
-        )
-        for node in gm.graph.nodes
-    ]
 
 
 def check(

@@ -1,4 +1,4 @@
-"""Finding what a graph does again and again: the blocks of a denoiser, to be compiled once for all.
+"""What a graph does again and again: the blocks of a denoiser, to be traced and compiled once.
 
     p q | a b c | a b c | a b c | y z      nodes in order; equal letters do the same to other values
     ->  Group([p q]), Group([a b c] three times), Group([y z])
@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..graph.counterparts import doing, inputs_of
-from ..graph.functional import storage_of
+from .counterparts import doing, inputs_of
+from .functional import storage_of
 
 MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
 MIN_LENGTH = 16  # nodes
@@ -41,7 +41,7 @@ def find_groups(graph: Graph) -> list[Group] | None:
     A cut is only made through tensors of constant size: sizes that depend on the data stay inside.
     """
     order = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    if any(n.op != "call_function" for n in order):
+    if any(n.op not in ("call_function", "call_method") for n in order):
         return None
     position = {node: i for i, node in enumerate(graph.nodes)}
     groups = _groups(order, position)
@@ -113,8 +113,8 @@ def _bytes(node: Node) -> float:
 
 
 def _fixed(node: Node) -> Tensor | None:
-    """The node's fake value if it is a tensor of constant size."""
-    value = node.meta.get("val")
+    """The node's fake value, ATen's or Dynamo's, if it is a tensor of constant size."""
+    value = node.meta.get("val", node.meta.get("example_value"))
     if not isinstance(value, Tensor):
         return None
     constant = all(type(size) is int for size in (*value.shape, *value.stride()))

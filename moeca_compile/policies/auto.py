@@ -1,8 +1,8 @@
-"""The default: the model's output is forecast; what a sampler's noise undoes, layers are held for.
+"""The default: the model's output is forecast; what a sampler's noise undoes, layers are.
 
     ODE                    refresh skip skip refresh ...           linear forecast, error bound
     noise, rectified flow  refresh skip skip refresh ...           output held, by its pace
-    noise, other models    refresh forecast forecast refresh ...   layers held, by the output's pace
+    noise, other models    refresh forecast forecast refresh ...   layers, by the output's pace
     few, large steps       refresh refresh refresh ...
 
 Which one it is shows at every refresh. Along an ODE one move of the sample points where the last
@@ -11,11 +11,13 @@ so its slope says nothing. What a held output missed grew as a random walk from 
 next; half-way it is half known afterwards (a Brownian bridge), and the corrector of
 `output_forecast` pays it back. That wants a sampler that steps along the output, as those of a
 rectified flow do. Samplers of noise prediction weigh it by the timestep and often clip the clean
-image; there layers are held (FORA), which see each sample. A flow is recognised by what its output
-is: the clean image x - t v stays as smooth as anything fitted to the output's response
-(FLOW_MARGIN). The gap is that at which the walk, as fast as it was between the last refreshes,
-reaches a bound set by the tolerance: short where the picture is decided and where it is finished,
-long in between.
+image; there attention and experts are forecast, and the rest of each layer sees the sample. Their
+slope is half trend and half noise: it is damped (DAMPING), as by Gardner and McKenzie, Forecasting
+trends in time series, 1985; held (FORA) or with their whole slope (TaylorSeer) they are worse. A
+flow is recognised by what its output is: the clean image x - t v stays as smooth as anything fitted
+to the output's response (FLOW_MARGIN). The gap is that at which the walk, as fast as it was between
+the last refreshes, reaches a bound set by the tolerance: short where the picture is decided and
+where it is finished, long in between.
 Measured on the trained models of `examples/`; docs/quality.md has the figures.
 """
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.session import StepInfo
 
 TOLERANCE = 0.12  # of the output's relative forecast error, where the options give none
-# Under noise: gap = constant * sqrt(tolerance) / the output's relative change in one call. A held
+# Under noise: gap = constant * sqrt(tolerance) / the output's relative change in one call. A
 # layer follows much of the change, a held output is corrected: at least every other one is held.
 FLOW_GAP, LEAST_FLOW_GAP = 1.5, 2.0
 LAYER_GAP, LEAST_LAYER_GAP = 3.7, 1.0
@@ -44,11 +46,13 @@ LEAST_CHANGE = 1e-6  # relative
 # Error of the clean image over that of the fitted response: 0.6 to 1.0 was seen for flows, 2.0 to
 # 5 for noise prediction.
 FLOW_MARGIN = 1.4
+LAYERS = 2  # refreshes of which layer outputs are stored
+DAMPING = 0.5  # of their slope
 MAX_WIDTH = 0.05  # of a noisy step, over the highest noise level: wider steps are all computed
 
 
 class AutoPolicy(OutputForecastPolicy):
-    """Output forecasts under an error bound; held outputs or layers under noise."""
+    """Output forecasts under an error bound; under noise held outputs, or forecast layers."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -57,11 +61,11 @@ class AutoPolicy(OutputForecastPolicy):
 
     @classmethod
     def stores(cls, options: Options) -> Stored:
-        """Outputs as `output_forecast`, and the layers' at the last refresh."""
-        return Stored(layers=1, outputs=super().stores(options).outputs)
+        """Outputs as `output_forecast`, and the layers' at the last two refreshes."""
+        return Stored(layers=LAYERS, outputs=super().stores(options).outputs)
 
     def between(self, lane: LaneForecast) -> Decision:
-        """Skip along an ODE and in a flow; hold layers, where there are any, else."""
+        """Skip along an ODE and in a flow; forecast layers, where there are any, else."""
         if not lane.noisy or lane.flow:
             return Decision("skip", "policy")
         if "forecast" in self.available:
@@ -69,7 +73,7 @@ class AutoPolicy(OutputForecastPolicy):
         return Decision("refresh", "noisy_sampler")
 
     def mix(self, step: StepInfo, kind: Kind) -> tuple[float, ...]:
-        """As `output_forecast`; held layers take the weight 1."""
+        """As `output_forecast`; forecast: weights of the layers' refreshes [LAYERS]."""
         lane, now = self._lane(step.lane), abscissa(step)
         if kind == "refresh":
             lane.tells_flow = tuple(
@@ -77,7 +81,7 @@ class AutoPolicy(OutputForecastPolicy):
                 for each in ("clean", "response")
             )
         found = super().mix(step, kind)
-        return (1.0,) if kind == "forecast" else found
+        return self._damped(lane, now) if kind == "forecast" else found
 
     def measured(self, lane: int, numbers: Sequence[float]) -> None:
         """As `output_forecast`; under noise the gap follows the output's pace, not the error."""
@@ -102,6 +106,12 @@ class AutoPolicy(OutputForecastPolicy):
     def corrects(self, lane: LaneForecast) -> bool:
         """Under noise, too."""
         return lane.noisy is not None
+
+    def _damped(self, lane: LaneForecast, now: float) -> tuple[float, ...]:
+        """The line through the last refreshes at `now`, its slope damped."""
+        line = [*lane.trail.weights(now, 1, lane.trail.times[:LAYERS]), 0.0][:LAYERS]
+        held = (1.0, *[0.0] * (LAYERS - 1))
+        return tuple(h + DAMPING * (w - h) for h, w in zip(held, line, strict=True))
 
     def _noisy_gap(self, lane: LaneForecast) -> float:
         assert self.tolerance is not None

@@ -205,7 +205,8 @@ def counter() -> FlopCounterMode:
 def test_flops_are_those_of_what_ran(graph_level: None, policy: str, between: str) -> None:
     """Eager counts a full step; the graph that ran between refreshes is counted as it runs.
 
-    The samples of this trajectory move at random, and the output is no flow's: "auto" holds layers.
+    The samples of this trajectory move at random, and the output is no flow's: "auto" forecasts
+    layers.
     """
     model = make("I1", depth=2)
     calls = fine_steps(model, 8)

@@ -24,7 +24,8 @@ class Sampler:
     """dx = v dt + noise in one vector [SIZE]; v is what the field gives or the policy says.
 
     field: v(x, t). A step of the policy is answered as the compiled variants would: `kinds` is what
-    ran, `computed` the outputs of the refreshes.
+    ran, `computed` the outputs of the refreshes; `forecasts`: (timestep, those of the last refresh
+    and of the one before, weights of the layers' outputs there).
     """
 
     def __init__(self, field, available=ALL, **options) -> None:  # type: ignore[no-untyped-def]
@@ -33,6 +34,8 @@ class Sampler:
         self.outputs: list[Tensor] = []
         self.samples: list[Tensor] = []
         self.computed: list[tuple[int, Tensor]] = []  # number of the call, output
+        self.refreshed: list[float] = []  # timesteps
+        self.forecasts: list[tuple[float, float, float, tuple[float, ...]]] = []
         self.numbers: list[float] | None = None
         self.last: float | None = None
         self.span = 1.0  # of the timesteps the model is given
@@ -59,7 +62,9 @@ class Sampler:
         if kind == "skip":
             return sum((c * o for c, o in zip(mix, self.outputs)), torch.zeros_like(x))
         if kind == "forecast":
-            return self.field(x, t)  # layers held: here the exact value will do
+            self.forecasts.append((t, self.refreshed[-1], self.refreshed[-2], mix))
+            return self.field(x, t)  # of forecast layers: here the exact value will do
+        self.refreshed.append(t)
         return self._refresh(x, t, mix)
 
     def _refresh(self, x: Tensor, t: float, mix: tuple[float, ...]) -> Tensor:
@@ -198,14 +203,23 @@ def test_noise_on_a_flow_in_thousandths_is_the_same(eta: float) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.3, 2.0])
-def test_noise_on_another_output_holds_layers(noise: float) -> None:
+def test_noise_on_another_output_forecasts_layers(noise: float) -> None:
     """What follows the sample, as predicted noise does, would miss all noise that was added."""
     sampler = Sampler(follows)
     sampler.run(40, noise=noise)
     assert set(sampler.kinds) == {"r", "f"}
 
 
-def test_noise_without_layers_to_hold_computes() -> None:
+def test_layers_follow_half_of_their_slope() -> None:
+    sampler = Sampler(follows)
+    sampler.run(60, noise=0.3)
+    assert len(sampler.forecasts) > 10
+    for now, last, before, weights in sampler.forecasts:
+        half = 0.5 * (now - last) / (last - before)
+        assert weights == pytest.approx((1 + half, -half))
+
+
+def test_noise_without_layers_to_forecast_computes() -> None:
     sampler = Sampler(follows, available=frozenset(("skip",)))
     sampler.run(40, noise=2.0)
     assert set(sampler.kinds) == {"r"}

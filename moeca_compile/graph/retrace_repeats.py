@@ -34,14 +34,15 @@ class Untransferable(Exception):
 @dataclass(frozen=True)
 class Traced:
     """A run that was traced. nodes: (number in the run, node) of what that added; operands: values;
-    read: what their tensors stood for; moved: of those, what they stand for now, where an op that
-    changes nothing handed them on; results: values."""
+    read: what their tensors stood for; moved: what they did afterwards, where an op that changes
+    nothing handed them on; results: values; stood: what those stood for."""
 
     nodes: tuple[tuple[int, Node], ...]
     operands: tuple[Any, ...]
     read: tuple[Node | None, ...]
     moved: tuple[Node | None, ...]
     results: tuple[Any, ...]
+    stood: tuple[Node | None, ...]
 
 
 class RetraceRepeats(WithConstants):
@@ -70,10 +71,10 @@ class RetraceRepeats(WithConstants):
                     self.env.update(zip(results, _copy(trace, first, run, values), strict=True))
                     self.copied += 1
                 except Untransferable:
-                    read = _standing_for(trace, values)
-                    nodes = self._trace(trace, run)
-                    moved = _standing_for(trace, values)
-                    first = Traced(nodes, values, read, moved, tuple(self.env[n] for n in results))
+                    read, nodes = _standing_for(trace, values), self._trace(trace, run)
+                    made = tuple(self.env[n] for n in results)
+                    moved, stood = (_standing_for(trace, v) for v in (values, made))
+                    first = Traced(nodes, values, read, moved, made, stood)
         return self.run_node(self.graph.output_node())
 
     def _trace(self, trace: Trace, run: Sequence[Node]) -> tuple[tuple[int, Node], ...]:
@@ -106,8 +107,7 @@ def _copy(trace: Trace, first: Traced, run: Sequence[Node], values: tuple[Any, .
     outside = {n for node in inside for n in node.all_input_nodes} - inside
     if any(not _can_be_copied(node) for node in inside) or not outside <= node_for.keys():
         raise Untransferable
-    stands = [trace.node(value) for value in first.results]
-    if any(node not in inside and node not in node_for for node in stands):
+    if not {*first.stood} <= inside | node_for.keys():
         raise Untransferable
 
     for number, node in first.nodes:
@@ -118,11 +118,10 @@ def _copy(trace: Trace, first: Traced, run: Sequence[Node], values: tuple[Any, .
         if node is not None and node is not one:
             trace.take(value, node_for[node])
             value_for[node] = value
-    for node, value in zip(stands, first.results, strict=True):
-        assert node is not None
-        if node not in value_for:
+    for node, value in zip(first.stood, first.results, strict=True):
+        if node is not None and node not in value_for:
             value_for[node] = trace.stand_for(node_for[node], value)
-    return [value_for[node] for node in stands if node is not None]
+    return [value_for[node] for node in first.stood if node is not None]
 
 
 def _standing_for(trace: Trace, values: tuple[Any, ...]) -> tuple[Node | None, ...]:

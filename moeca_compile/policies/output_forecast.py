@@ -56,6 +56,7 @@ class LaneForecast:
 
     trail: Trail
     refreshes: int = 0
+    apart: int = 0  # refreshes since the last one that repeated a timestep
     span: int = 1  # calls from the last refresh but one to the last
     gap: float = 1.0
     calls: int = 0  # since the last refresh
@@ -140,6 +141,7 @@ class OutputForecastPolicy(Policy):
         lane.asked = self._candidates(lane, now)
         if self.tolerance is None:
             lane.gap = float(self.options.interval)
+        lane.apart = 0 if lane.trail.repeats(now) else lane.apart + 1
         lane.trail.add(now)
         lane.highest = max(lane.highest, abs(now))
         lane.refreshes += 1
@@ -152,9 +154,11 @@ class OutputForecastPolicy(Policy):
         state, gram = self._lane(lane), Gram(self._depth, tuple(numbers))
         if state.refreshes > 1:
             state.gain = gram.gain()
-        if state.refreshes < self._needed:
+        if not state.apart:  # Heun's two evaluations, both computed: they say nothing of a step
+            state.gap = 1.0
+        if state.refreshes < self._needed or not state.apart:
             return
-        if not math.isnan(alignment := gram.alignment()):
+        if state.apart > 1 and not math.isnan(alignment := gram.alignment()):
             state.noisy = alignment < NOISE_ALIGNMENT
         errors = {key: gram.error(each) for key, each in state.asked.items()}
         if not errors:

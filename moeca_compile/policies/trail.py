@@ -35,6 +35,10 @@ class Trail:
         """A refresh at `time` was stored."""
         self.times = [time, *self.times][: self.depth]
 
+    def repeats(self, time: float) -> bool:
+        """Whether `time` is that of the newest refresh."""
+        return bool(self.times) and not _apart(time, self.times[0])
+
     def weights(self, now: float, order: int, times: Sequence[float] | None = None) -> list[float]:
         """One weight per stored refresh, zero for those beyond `order` and for repeated times.
 

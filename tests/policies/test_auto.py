@@ -11,7 +11,7 @@ from torch import Tensor
 from moeca_compile.bench.samplers import SharedNoise, ancestral, from_velocity, straight_path
 from moeca_compile.options import Options
 from moeca_compile.policies import find_policy
-from moeca_compile.policies.auto import FLOW_GAP, LAYER_GAP
+from moeca_compile.policies.auto import DAMPING, FLOW_GAP, LAYER_GAP
 from moeca_compile.policies.output_forecast import OutputForecastPolicy
 from moeca_compile.runtime.controller import Controller, LaneAges
 from moeca_compile.runtime.session import StepInfo
@@ -210,13 +210,13 @@ def test_noise_on_another_output_forecasts_layers(noise: float) -> None:
     assert set(sampler.kinds) == {"r", "f"}
 
 
-def test_layers_follow_half_of_their_slope() -> None:
+def test_layers_follow_a_part_of_their_slope() -> None:
     sampler = Sampler(follows)
     sampler.run(60, noise=0.3)
     assert len(sampler.forecasts) > 10
     for now, last, before, weights in sampler.forecasts:
-        half = 0.5 * (now - last) / (last - before)
-        assert weights == pytest.approx((1 + half, -half))
+        part = DAMPING * (now - last) / (last - before)
+        assert weights == pytest.approx((1 + part, -part))
 
 
 def test_noise_without_layers_to_forecast_computes() -> None:
@@ -248,6 +248,17 @@ def test_the_second_output_at_a_timestep_is_the_first() -> None:
     sampler = Sampler(follows, tolerance=1e-9)
     found = sampler.run(25, heun=True)
     assert sampler.kinds == "rr" + "sr" * 23 + "s"
+    assert error(found, exact(follows).run(25, heun=True)) < 2e-3
+
+
+def test_heun_after_a_warm_up_starts_with_short_gaps() -> None:
+    """The two evaluations of a warm-up step are near each other: no error to grow a gap by, and no
+    two moves of the sample to call it noisy by."""
+    sampler = Sampler(follows, warmup_steps=6)
+    found = sampler.run(25, heun=True)
+    warm, rest = sampler.kinds[:6], sampler.kinds[6:]
+    assert set(warm) == {"r"} and set(rest) == {"r", "s"} and max(map(len, rest.split("r")[:3])) < 3
+    assert not sampler.policy._lane(0).noisy
     assert error(found, exact(follows).run(25, heun=True)) < 2e-3
 
 

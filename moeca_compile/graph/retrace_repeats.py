@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ..torch_compat import Trace, leaves
 from .constant_reads import WithConstants
@@ -48,16 +48,19 @@ class Traced:
 class RetraceRepeats(WithConstants):
     """`WithConstants` to be run under `make_fx`. copied: number of runs that were not traced."""
 
-    copied = 0
+    def __init__(self, gm: GraphModule, known: dict[Node, Any]) -> None:
+        super().__init__(gm, known)
+        self.copied = 0
+        self._source = gm.graph
 
     def run(self, *args: Any) -> Any:  # type: ignore[override]
         """The outputs of the graph on `args`."""
-        groups, trace = find_groups(self.graph), Trace.current()
+        groups, trace = find_groups(self._source), Trace.current()
         if groups is None or trace is None:
             return super().run(*args)
         self.args_iter = iter(args)
         runs = {node for group in groups for run in group.runs for node in run}
-        for node in self.graph.nodes:
+        for node in self._source.nodes:
             if node not in runs and node.op != "output":
                 self.env[node] = self.run_node(node)
         for group in groups:
@@ -75,7 +78,7 @@ class RetraceRepeats(WithConstants):
                     made = tuple(self.env[n] for n in results)
                     moved, stood = (_standing_for(trace, v) for v in (values, made))
                     first = Traced(nodes, values, read, moved, made, stood)
-        return self.run_node(self.graph.output_node())
+        return self.run_node(self._source.output_node())
 
     def _trace(self, trace: Trace, run: Sequence[Node]) -> tuple[tuple[int, Node], ...]:
         added: list[tuple[int, Node]] = []

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunction
 from torch._C._dynamo.eval_frame import reset_code as _reset_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
@@ -380,12 +380,17 @@ class Trace:
         `meta` whoever traces the graph again finds what is known of it.
         """
         made = self.graph.node_copy(node, operand)
-        sizes = node.meta.get("unbacked_bindings")
-        mode = detect_fake_mode() if sizes else None
-        if sizes and mode is not None and mode.shape_env is not None:
-            env = mode.shape_env
+        if sizes := node.meta.get("unbacked_bindings"):
+            env = _shape_env(node.meta["val"])
             made.meta["unbacked_bindings"] = {_like(s, env): at for s, at in sizes.items()}
         return made
+
+
+def _shape_env(value: Any) -> ShapeEnv:
+    """That of the sizes in `value` which are known at run time only."""
+    found = leaves(value)[0]
+    sizes = [s for v in found for s in (v.shape if isinstance(v, Tensor) else (v,))]
+    return next(s.node.shape_env for s in sizes if isinstance(s, torch.SymInt))
 
 
 def _like(symbol: Any, env: ShapeEnv) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._guards import TracingContext, tracing
 
 import moeca_compile.passes.insert_cache as insert_cache
 from aten_graphs import described
@@ -15,6 +16,7 @@ from graph_runs import compile_model, only_entry, use_graph_level
 from idioms import make, trajectory
 from moeca_compile.graph.counterparts import Different
 from moeca_compile.passes.copied_layers import CopiedLayers
+from moeca_compile.torch_compat import new_fake_mode
 
 DEPTH = 4
 ROWS: dict[str, Any] = {"policy": "moeca", "interval": 3, "budget": 0.3}
@@ -91,6 +93,19 @@ def test_of_every_policy(
 ) -> None:
     model = make("I1", num_experts=4, depth=DEPTH, shared=True)
     check(monkeypatch, copies, model, DEPTH - 2, **OPTIONS[name])
+
+
+def test_inside_of_a_backend_call(
+    monkeypatch: pytest.MonkeyPatch, copies: list[CopiedLayers]
+) -> None:
+    """`moeca dump` traces there. The current fake mode is Dynamo's, and the sizes that the
+    threshold leaves open are not its own."""
+    model = make("I1", num_experts=4, depth=DEPTH, shared=True)
+    variants = variants_of(monkeypatch, model, **OPTIONS["threshold"])
+    copies.clear()
+    with tracing(TracingContext(new_fake_mode())):
+        variants.dialect("reuse")
+    assert copies[0].copied >= DEPTH - 2
 
 
 @pytest.mark.parametrize("order", ["attention_first", "router_first"])

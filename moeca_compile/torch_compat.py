@@ -40,7 +40,7 @@ from torch._C import DisableTorchFunction
 from torch._C._dynamo.eval_frame import reset_code as _reset_code
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -305,6 +305,11 @@ def placeholder_source(node: Node) -> str:
 def new_fake_mode() -> FakeTensorMode:
     """A fake tensor mode with a shape environment of its own. Tested on torch 2.13."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def is_fake(value: object) -> bool:
+    """Whether `value` is a tensor without numbers. Tested on torch 2.13."""
+    return isinstance(value, FakeTensor)
 
 
 _KERNELS = [True]

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from ..torch_compat import Trace, leaves
 from .constant_reads import WithConstants
+from .functional import mutates
 from .repeats import find_groups
 
 ENTER = torch.amp.autocast_mode._enter_autocast
@@ -133,6 +134,6 @@ def _standing_for(trace: Trace, values: tuple[Any, ...]) -> tuple[Node | None, .
 
 def _can_be_copied(node: Node) -> bool:
     """Whether it is an op that neither writes nor has a size that the data decides."""
-    op = isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
+    op = isinstance(node.target, OpOverload) and not mutates(node)
     known = op or node.target in (getitem, ENTER, EXIT)
     return known and "unbacked_bindings" not in node.meta

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
+
+from ..torch_compat import is_fake
 
 _MEMO = "_moeca_seen_ops"  # on the fake mode, which its values refer to: they end together
 _PLAIN = (
@@ -63,7 +64,7 @@ class SeenOps(TorchFunctionMode):
 
 def _holds_no_numbers(result: Any) -> bool:
     values = result if isinstance(result, (tuple, list)) else (result,)
-    return all(isinstance(each, FakeTensor) for each in values)
+    return all(map(is_fake, values))
 
 
 def _look(value: Any) -> Any:
@@ -74,8 +75,7 @@ def _look(value: Any) -> Any:
     if isinstance(value, Tensor):
         sizes = (*value.shape, *value.stride())
         constant = all(type(size) is int for size in sizes)
-        fake = isinstance(value, FakeTensor)
-        return (value.dtype, value.device, sizes) if fake and constant else None
+        return (value.dtype, value.device, sizes) if is_fake(value) and constant else None
     if isinstance(value, slice):
         return _look(("slice", value.start, value.stop, value.step))
     return (type(value), value) if isinstance(value, _PLAIN) or callable(value) else None

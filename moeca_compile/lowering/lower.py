@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from ..graph.counterparts import looks
+from ..graph.functional import mutates
 from ..graph.region import ORIGIN
 from . import grouped, guards
 
@@ -131,7 +132,4 @@ def _kind(node: Node) -> tuple[Any, ...]:
 
 def _is_impure(node: Node) -> bool:
     """Cache writes have no users and must stay; size checks guard what Inductor may assume."""
-    if node.is_impure():
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema and schema.is_mutable)
+    return node.is_impure() or mutates(node)

@@ -91,10 +91,17 @@ def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any
     rows = plan.rows_argument
     if _rows(values[rows.name], rows).shape[0] != ids.shape[0]:
         raise ValueError(f"'{plan.ids}' does not hold {plan.slots} experts a token: capture again")
+    # Dynamo traces every call and comprehension of this loop again for each expert of each layer
+    args = [_argument(argument, values) for argument in plan.positional]
+    kwargs = {name: _argument(argument, values) for name, argument in plan.keyword}
+    by_place = [(i, args[i]) for i, a in enumerate(plan.positional) if a.kind == ROWS]
+    by_name = [(name, kwargs[name]) for name, a in plan.keyword if a.kind == ROWS]
     outputs = []
     for index, expert in enumerate(experts):
-        args = [_argument(argument, index, values) for argument in plan.positional]
-        kwargs = {name: _argument(argument, index, values) for name, argument in plan.keyword}
+        for place, tokens in by_place:
+            args[place] = torch.ops.moeca.expert_rows(tokens, index)
+        for name, tokens in by_name:
+            kwargs[name] = torch.ops.moeca.expert_rows(tokens, index)
         outputs.append(expert(*args, **kwargs))
     return torch.ops.moeca.select_experts(ids, outputs)
 
@@ -151,10 +158,9 @@ def _rows(value: Tensor, argument: Argument) -> Tensor:
     return value if argument.flatten == 1 else value.flatten(0, argument.flatten - 1)
 
 
-def _argument(argument: Argument, expert: int, values: Mapping[str, Any]) -> Any:
+def _argument(argument: Argument, values: Mapping[str, Any]) -> Any:
+    """What every expert gets, one row a token where each is to mark it as its own."""
     if argument.kind == CONSTANT:
         return argument.constant
     value = values[argument.name]
-    if argument.kind == VALUE:
-        return value
-    return torch.ops.moeca.expert_rows(_rows(value, argument), expert)
+    return _rows(value, argument) if argument.kind == ROWS else value

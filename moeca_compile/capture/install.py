@@ -22,10 +22,10 @@ from torch import nn
 from .analyse import Findings, analyse
 from .method import Method
 from .method_level import Found
-from .own_code import copy_function
+from .own_code import own_forward
 from .report import FLAGS, NONE, CaptureReport, ModuleCapture
 from .sandbox import undisturbed
-from .whole import whole_trace_failure, with_symbols
+from .whole import whole_trace_failure
 
 _RECORD = "_moeca_capture"
 _OWN_CODE = "_moeca_own_code"
@@ -68,7 +68,7 @@ def install(
         others = [o.capture for o in findings.others]
         others += _keep_in_graph(root, args, kwargs, findings, is_active)
         if is_installed(root):
-            _own_forward(root)
+            _own_forward(root, is_active)
     except BaseException:
         uninstall(root)
         raise
@@ -121,18 +121,16 @@ def _records(root: nn.Module) -> list[_Installed]:
     ]
 
 
-def _own_forward(
-    root: nn.Module, wrap: Callable[[FunctionType], FunctionType] | None = None
-) -> None:
-    """Give the root a forward that shares no code object with its class; see own_code.py."""
+def _own_forward(root: nn.Module, is_active: Callable[[], bool], *, symbols: bool = False) -> None:
+    """Give the root a forward of its own, in which this backend finds no other one's marks."""
     declared = type(root).forward
     if "forward" in vars(root) or not isinstance(declared, FunctionType):
         return
-    copied = copy_function(declared)
-    own = wrap(copied) if wrap is not None else copied
+    ours = _compiling(is_active)
+    own = own_forward(declared, ours, _acting(ours) if symbols else None)
     vars(own)[_OWN_CODE] = True
-    if wrap is not None:
-        vars(own).update({"__wrapped__": copied, _SYMBOLS: True})
+    if symbols:
+        vars(own)[_SYMBOLS] = True
     vars(root)["forward"] = MethodType(own, root)
 
 
@@ -156,8 +154,7 @@ def _keep_in_graph(
     if "forward" in vars(root) or not isinstance(type(root).forward, FunctionType):
         failed = "the model's forward is replaced on the instance"
     else:
-        active = _activity(is_active)
-        _own_forward(root, lambda function: with_symbols(function, active))
+        _own_forward(root, is_active, symbols=True)
         with undisturbed(root):
             constant = not findings.remaining
             failed = whole_trace_failure(root, args, kwargs, findings.result, constant)
@@ -184,7 +181,7 @@ def _put(method: Method, found: Found, is_active: Callable[[], bool]) -> None:
 def _make_override(
     original: Callable[..., Any], replacement: Callable[..., Any], is_active: Callable[[], bool]
 ) -> FunctionType:
-    acts = _activity(is_active)
+    acts = _acting(_compiling(is_active))
 
     def override(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (replacement if acts(self) else original)(self, *args, **kwargs)
@@ -192,15 +189,23 @@ def _make_override(
     return override  # type: ignore[return-value]
 
 
-def _activity(is_active: Callable[[], bool]) -> Callable[[nn.Module], bool]:
-    """Whether a replacement acts on a module: traced for this backend, without gradients."""
+def _compiling(is_active: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether Dynamo is tracing for this backend."""
 
     @torch.compiler.assume_constant_result
     def active() -> bool:
         return bool(is_active())
 
+    def compiling() -> bool:
+        return torch.compiler.is_compiling() and active()
+
+    return compiling
+
+
+def _acting(compiling: Callable[[], bool]) -> Callable[[nn.Module], bool]:
+    """Whether a replacement acts on a module: traced for this backend, without gradients."""
+
     def acts(module: nn.Module) -> bool:
-        compiling_here = torch.compiler.is_compiling() and active()
-        return compiling_here and not module.training and not torch.is_grad_enabled()
+        return compiling() and not module.training and not torch.is_grad_enabled()
 
     return acts

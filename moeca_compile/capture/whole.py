@@ -8,12 +8,9 @@ symbol. So the model is traced whole once before its forward is left to ask for 
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +18,13 @@ from torch.fx import GraphModule, Node
 
 from ..graph.constant_reads import open_reads
 from ..graph.region import source_line
-from ..torch_compat import KEEP_HOST_READS, leaves, trace_whole
+from ..torch_compat import leaves, trace_whole
 from .activity import BACKEND_MARK
-from .function_source import HELPER_PREFIX, build
 from .replay import close
 from .sandbox import copy_arguments
 
-_INNER = f"{HELPER_PREFIX}inner"
-_SETTINGS = f"{HELPER_PREFIX}settings"
-_ACTIVE = f"{HELPER_PREFIX}active"
 _LOOSE = 5e-2  # of the scale: low precision, sums in another order
 _EXACT = (torch.float32, torch.float64)
-_KINDS = inspect.Parameter
-
-
-def with_symbols(function: FunctionType, active: Callable[[nn.Module], bool]) -> FunctionType:
-    """`function` with the same parameters, traced so that host reads do not break the graph.
-
-    active: asked with the module while Dynamo traces; where it says no, nothing is changed.
-    """
-    parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
-    owner = parameters[0].name
-    call = f"{_INNER}({', '.join(_passed(p) for p in parameters)})"
-    lines = (
-        f"def {function.__name__}({_declared(parameters)}):",
-        f"    if {_ACTIVE}({owner}):",
-        f"        with {_SETTINGS}:",
-        f"            return {call}",
-        f"    return {call}",
-    )
-    definition = cast(ast.FunctionDef, ast.parse("\n".join(lines)).body[0])
-    helpers = {_INNER: function, _SETTINGS: KEEP_HOST_READS, _ACTIVE: active}
-    return build(definition, function, helpers)
 
 
 def whole_trace_failure(
@@ -77,31 +49,6 @@ def whole_trace_failure(
     if constant and reads:
         return f"what is read at {source_line(reads[0]) or reads[0].name} depends on an input"
     return "" if _agree(found, expected) else "the whole graph gives other values"
-
-
-def _declared(parameters: list[inspect.Parameter]) -> str:
-    """The parameter list; defaults are put in place on the function object."""
-    parts, keyword_only = [], False
-    for index, parameter in enumerate(parameters):
-        if parameter.kind is _KINDS.KEYWORD_ONLY and not keyword_only:
-            parts += ["*"]
-        star = {_KINDS.VAR_POSITIONAL: "*", _KINDS.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        default = "" if parameter.default is parameter.empty else "=None"
-        parts.append(f"{star}{parameter.name}{default}")
-        keyword_only |= parameter.kind in (_KINDS.KEYWORD_ONLY, _KINDS.VAR_POSITIONAL)
-        later = parameters[index + 1].kind if index + 1 < len(parameters) else None
-        if parameter.kind is _KINDS.POSITIONAL_ONLY and later is not _KINDS.POSITIONAL_ONLY:
-            parts += ["/"]
-    return ", ".join(parts)
-
-
-def _passed(parameter: inspect.Parameter) -> str:
-    forms = {
-        _KINDS.VAR_POSITIONAL: f"*{parameter.name}",
-        _KINDS.VAR_KEYWORD: f"**{parameter.name}",
-        _KINDS.KEYWORD_ONLY: f"{parameter.name}={parameter.name}",
-    }
-    return forms.get(parameter.kind, parameter.name)
 
 
 def _agree(found: Any, expected: Any) -> bool:

@@ -27,6 +27,7 @@ from .base import PassReport
 
 aten = torch.ops.aten
 SIZES = {aten.sym_size.int}
+FILLS = {aten.index_fill.int_Scalar, aten.index_fill.int_Tensor}  # what out[at] = 1.0 may come as
 FLATTENED = {aten.select.int, aten.squeeze.dim, aten.squeeze.default, aten.flatten.using_ints}
 
 
@@ -146,15 +147,19 @@ class _Dense:
 
     def put(self, node: Node) -> Node:
         """`where(mask, rows, base)` in place of the rows put back."""
-        base, _, rows = node.args[:3]
+        fills = node.target in FILLS
+        base, rows = node.args[0], node.args[3 if fills else 2]
         value = self.values.get(rows, rows)  # type: ignore[arg-type]
+        shape = [] if fills else shape_of(value)  # a fill puts one number
         if rows in self.below:
             self._check_by_row(value, node)
-        elif shape_of(value)[:1] not in ([], [1]) and len(shape_of(value)) >= len(shape_of(base)):
+        elif shape[:1] not in ([], [1]) and len(shape) >= len(shape_of(base)):
             raise NotDense("rows from elsewhere are put in their places", node)
         wide = [self.tokens] + [1] * (len(shape_of(base)) - 1)
         with self.gm.graph.inserting_before(node):
             mask = self._emit(node, aten.reshape.default, self.picked.mask, wide)
+            if not isinstance(value, Node):
+                return self._emit(node, aten.masked_fill.Scalar, base, mask, value)
             cast = self._emit(node, aten.to.dtype, value, node.meta["val"].dtype)
             return self._emit(node, aten.where.self, mask, cast, base)
 
@@ -209,6 +214,8 @@ def _is_size_arithmetic(node: Node) -> bool:
 
 def _puts_back(node: Node, positions: Node) -> bool:
     args: Any = node.args
+    if node.target in FILLS:
+        return args[1] == 0 and args[2] is positions
     if node.target is not aten.index_put.default or list(args[1]) != [positions]:
         return False
     return not (args[3] if len(args) > 3 else node.kwargs.get("accumulate", False))

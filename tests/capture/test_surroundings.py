@@ -10,7 +10,7 @@ from torch import nn
 
 import moeca_compile
 from capture import models, surroundings
-from capture.harness import assert_equal, capturing, op_counts, reference, run_steps
+from capture.harness import assert_equal, capturing, op_counts, plain, reference, run_steps
 from capture.models import Denoiser, inputs, make
 from graph_runs import use_graph_level
 from moeca_compile.capture import Phase, compiling_for_moeca, install
@@ -70,6 +70,27 @@ def test_a_number_read_before_the_layers_stays_in_the_graph() -> None:
     assert added[1:] == [1, 0, 0]
     assert [m.mechanism for m in others] == ["flags"]
     assert "ReadBefore.forward" in others[0].location
+
+
+@pytest.mark.parametrize("root", [Denoiser, surroundings.ReadBefore], ids=lambda r: r.__name__)
+@pytest.mark.parametrize("first", [0, 2])
+def test_another_backend_in_turn_with_this_one(root: type[Denoiser], first: int) -> None:
+    """The other one breaks on the dispatch and gives up on frames, before or after the capture;
+    neither may make the other trace again."""
+    model = root_of(root)
+    expected = reference(model, STEPS)
+    (counter, backend), (others, other_backend) = capturing(), plain()
+    compiled, other = (torch.compile(model, backend=b) for b in (backend, other_backend))
+    with torch.no_grad():
+        for step in STEPS[:first]:
+            compiled(*step)
+        seen = []
+        for turn, step in enumerate(STEPS * 2):
+            assert_equal([other(*step), compiled(*step)], [expected[turn % 4]] * 2, atol=1e-5)
+            seen.append((len(counter.graphs), len(others.graphs)))
+    assert counter.registry.state(model).phase is Phase.CAPTURED
+    assert seen[2:] == [seen[1]] * 6
+    assert not first or seen[0][0] == seen[1][0]
 
 
 def test_a_root_that_turns_gradients_off_itself(monkeypatch: pytest.MonkeyPatch) -> None:

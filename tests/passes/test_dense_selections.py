@@ -34,6 +34,12 @@ def constants(x: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
+def filled(x: Tensor, mask: Tensor) -> Tensor:
+    at = torch.where(mask)[0]
+    out = (x * 2).index_fill(0, at, 0.5)
+    return out.index_fill(0, at, x.mean()) + out
+
+
 def by_nonzero(x: Tensor, mask: Tensor) -> Tensor:
     at = mask.nonzero().squeeze(-1)
     return x.index_put((at,), x.index_select(0, at) ** 2)
@@ -58,7 +64,7 @@ def masks() -> list[Tensor]:
     return [numbers % 3 == 0, numbers < 0, numbers >= 0, numbers == 4]
 
 
-@pytest.mark.parametrize("function", [route, constants, by_nonzero, two_masks])
+@pytest.mark.parametrize("function", [route, constants, filled, by_nonzero, two_masks])
 def test_same_values_and_no_size_left_open(function: Callable[..., Tensor]) -> None:
     graph = graph_of(function, masks()[0])
     report = DenseSelections().run(graph.gm)
@@ -66,7 +72,8 @@ def test_same_values_and_no_size_left_open(function: Callable[..., Tensor]) -> N
     assert report.changed == (2 if function is two_masks else 1)
     assert report.missed == ()
     assert not graph.targets[aten.sym_size.int] and not graph.targets[aten._assert_scalar.default]
-    assert not graph.targets[aten.index_put.default]
+    put = (aten.index_put.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
+    assert not any(graph.targets[target] for target in put)
     at = [v.dtype for v in graph.values].index(torch.bool)
     for mask in masks():
         graph.values[at] = mask

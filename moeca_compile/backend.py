@@ -46,6 +46,7 @@ from .torch_compat import (
     guard_identity,
     mode_options,
     traced_frame,
+    traced_module,
 )
 from .uncached import (
     TOLD,
@@ -82,11 +83,12 @@ def moeca(
     call = ROOTS.current_call()
     parsed = Options.parse(options)
     chosen = mode or parsed.mode
+    root = call.root if call is not None else traced_module()
     request = Request(
         parsed,
         mode_options(chosen) if chosen else {},
         {name: value for name, value in given.items() if value},
-        weakref.ref(call.root) if call is not None else None,
+        weakref.ref(root) if root is not None else None,
     )
 
     def compile_now() -> Callable[..., Any]:

@@ -23,9 +23,11 @@ file to read and `tests/capture/test_torch_compat.py` one file to run, however l
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import operator
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -144,6 +146,9 @@ def reset_code(code: CodeType) -> None:
     _reset_code(code)
 
 
+_STEP = r"\.\w+|\['\w+'\]|\[\d+\]"  # how Dynamo writes a way through Python objects
+
+
 @dataclass(frozen=True)
 class TracedFrame:
     """The Python frame whose graph a backend has been handed; `breaks` if the frame goes on."""
@@ -168,6 +173,30 @@ def traced_frame() -> TracedFrame | None:
     where = f"{last.filename}:{last.lineno} in {last.name}" if last is not None else ""
     reason = f"{reason} at {where}" if where else reason
     return TracedFrame(code, bool(why.graph_break), reason, graph)
+
+
+def traced_module() -> torch.nn.Module | None:
+    """The module that a compiled function calls, to be asked inside a backend call.
+
+    Dynamo inlines it, so it is not on the stack. None if not all of the graph belongs to one, or
+    where it cannot be told which. Tested on torch 2.13.
+    """
+    transaction = _current_trace()
+    if transaction is None:
+        return None
+    stacks = (node.meta.get("nn_module_stack") for node in transaction.output.graph.nodes)
+    places = {next(iter(stack.values()))[0] for stack in stacks if stack}
+    found = re.fullmatch(rf"([LG])((?:{_STEP})+)", places.pop()) if len(places) == 1 else None
+    if found is None:
+        return None
+    value: Any = transaction.f_locals if found[1] == "L" else transaction.f_globals
+    try:
+        for step in re.findall(_STEP, found[2]):
+            dotted = step.startswith(".")
+            value = getattr(value, step[1:]) if dotted else value[ast.literal_eval(step[1:-1])]
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return value if isinstance(value, torch.nn.Module) else None
 
 
 def compile_apart(module: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -172,12 +172,16 @@ class Regions:
 
 
 def module_path(node: Node) -> str:
-    """Module path of a node, e.g. `blocks.0.moe`; its own name where the trace has none."""
+    """Module path of a node, e.g. `blocks.0.moe`; its own name where the trace has none.
+
+    In a compiled function it starts with the variable that holds the model: `model.blocks.0.moe`.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"^L\['(?:self|fn)'\]\.?|^self\.?", "", path)
+    path = re.sub(r"^[LG]\['([^']+)'\]", r"\1", path)  # a variable of a compiled function
     path = re.sub(r"(?:__dict__\[')?_modules(?:'\])?\['([^']+)'\]", r"\1", path)
     path = re.sub(
         r"\._modules\.|\[(\d+)\]", lambda m: f".{m.group(1)}" if m.group(1) else ".", path

@@ -106,7 +106,8 @@ class Registry:
         if root is None:
             raise TypeError(
                 "expected what torch.compile returned for a module or its method, got "
-                f"{type(compiled).__name__}; pass the compiled model"
+                f"{type(compiled).__name__}; pass the compiled model, or the model that a compiled "
+                "function calls"
             )
         return root
 

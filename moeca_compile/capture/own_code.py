@@ -41,11 +41,13 @@ def own_forward(
     """
     parameters = list(inspect.signature(declared, follow_wrapped=False).parameters.values())
     passed = f"({', '.join(_passed(p) for p in parameters)})"
+    first = parameters[0]  # self; of a decorated method often the first of *args
+    owner = f"{first.name}[0]" if first.kind is _KINDS.VAR_POSITIONAL else first.name
     with_reads = f"""
-        if {_ACTS}({parameters[0].name}):
+        if {_ACTS}({owner}):
             with {_SETTINGS}:
                 return {_COPY}{passed}"""
-    text = f"""def {declared.__name__}({_declared(parameters)}):
+    text = f"""def forward({_declared(parameters)}):
     if {_OURS}():{with_reads if keeps_reads is not None else ""}
         return {_COPY}{passed}
     return {_DECLARED}{passed}"""

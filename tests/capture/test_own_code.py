@@ -14,7 +14,7 @@ import moeca_compile
 from idioms import inputs, make
 from moeca_compile.backend import moeca
 from moeca_compile.capture import uninstall
-from moeca_compile.capture.own_code import copy_function
+from moeca_compile.capture.own_code import copy_function, own_forward
 
 
 class Decorated(nn.Module):
@@ -34,6 +34,44 @@ def test_copies_behave_alike_and_share_no_code() -> None:
     assert own.__wrapped__.__code__ is not Decorated.forward.__wrapped__.__code__
     inner = [c.cell_contents for c in own.__closure__]
     assert own.__wrapped__ in inner and Decorated.forward.__wrapped__ not in inner
+
+
+class Unusual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = 1.0
+
+    def positional(self, x: Any, /, y: Any, *rest: Any, z: float = 2.0, **more: Any) -> Any:
+        return x * y + sum(rest) + z + self.shift + sum(more.values())
+
+    unnamed = lambda self, x, y=3: x * y + self.shift  # noqa: E731
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
+def test_every_signature_reaches_the_right_function(ours: bool, reads: bool) -> None:
+    asked: list[nn.Module] = []
+
+    def keeps(module: nn.Module) -> bool:
+        asked.append(module)
+        return True
+
+    def made(declared: Any) -> Any:
+        own = own_forward(declared, lambda: ours, keeps if reads else None)
+        inside = own.__wrapped__ if ours else declared
+        assert inside in [cell.cell_contents for cell in own.__closure__]
+        assert own.__code__.co_firstlineno == declared.__code__.co_firstlineno
+        return own
+
+    x, model = torch.randn(3), Unusual()
+    calls = [
+        (made(Unusual.positional)(model, x, x, x, z=1.0, w=x), x * x + x + 2 + x),
+        (made(Unusual.unnamed)(model, x), x * 3 + 1),
+        (made(Decorated.forward)(decorated := Decorated(), x, bias=2.0), x * 3 + 2),
+    ]
+    for found, expected in calls:
+        torch.testing.assert_close(found, expected)
+    assert asked == ([model, model, decorated] if ours and reads else [])
 
 
 def test_installed_forward_is_own_and_goes_away() -> None:

@@ -45,7 +45,7 @@ def test_marked_backend_is_found_through_wrappers() -> None:
         return backend(*args)
 
     class Wrapper:
-        compiler_fn = functools.partial(wrapped, mode="x")
+        compiler_fn = staticmethod(functools.partial(wrapped, mode="x"))
 
     assert is_marked_backend(Wrapper())
     assert not is_marked_backend(plain()[1])

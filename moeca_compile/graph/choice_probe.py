@@ -80,7 +80,8 @@ def find_groups(numbers: Sequence[Tensor], tokens: int, of: int, at: Node) -> Gr
 def find_experts(expert: Tensor, experts: int, at: Node) -> int:
     """How many places in a row are of one expert, if expert [R] is (r // run) % experts."""
     for run in runs(expert):
-        if torch.equal(torch.arange(expert.numel()) // run % experts, expert):
+        whole = expert.numel() % (run * experts) == 0
+        if whole and torch.equal(torch.arange(expert.numel()) // run % experts, expert):
             return run
     raise NotChoice("experts with different numbers of tokens", at)
 

@@ -6,7 +6,7 @@ y -> norm -> linear(w1) -> combine1        x ~ y
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -68,6 +68,13 @@ class Counterparts:
         for first, second in self._sets:
             if {self.of.get(node) for node in first} != second:
                 raise Different
+
+    def inside(self) -> Iterator[tuple[Node, Node]]:
+        """Pairs of nodes in the bodies that the paired nodes call."""
+        for one, other in self.of.items():
+            if one.op == "get_attr" and one is not other:
+                bodies = [getattr(self._gm, str(n.target)).graph.nodes for n in (one, other)]
+                yield from zip(*bodies, strict=True)
 
     def _all(self, first: Any, second: Any) -> None:
         if len(first) != len(second):

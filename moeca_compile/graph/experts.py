@@ -43,10 +43,12 @@ class PerExpert:
 
 @dataclass(frozen=True)
 class SortedRows:
-    """Rows grouped by expert. ends [E]: where each expert's rows end; experts [R]: row's expert."""
+    """Rows grouped by expert. ends [E]: where each expert's rows end; experts [R]: row's expert;
+    each: how many every expert has, where all are known to have the same number."""
 
     ends: Tensor
     experts: Tensor
+    each: int | None = None
 
 
 class ExpertRows(RowPuller):
@@ -105,21 +107,28 @@ class ExpertRows(RowPuller):
         if len(shape) != 2:
             raise Stop("an expert's linear over rows with more than two dims")
         w, b = _same_form(w, b)
-        return self.traced(
-            node,
-            lambda: torch.ops.moeca.grouped_linear(
-                rows, self.groups.ends, list(w.tensors), list(b.tensors) if b else []
-            ),
-        )
+        return self.traced(node, lambda: self._product(rows, w.tensors, b.tensors if b else ()))
 
     def call(self, node: Node, args: Any, kwargs: Any) -> Any:
         products = (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default)
         if node.target in products and isinstance(args[1], PerExpert):
-            weight = [t.transpose(-1, -2) for t in args[1].tensors]
-            return torch.ops.moeca.grouped_linear(args[0], self.groups.ends, weight, [])
+            return self._product(args[0], [t.transpose(-1, -2) for t in args[1].tensors], ())
         if _has_per_expert((args, kwargs)):
             raise Stop(f"{node.target} of a per-expert parameter and rows")
         return super().call(node, args, kwargs)
+
+    def _product(self, rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        """rows [R, I] by weights, E of [O, I] or one [E, O, I]; one batched product where every
+        expert has as many rows as the others and no weight has to be copied for it."""
+        each, bank = self.groups.each, weights[0]
+        if each is None or len(weights) > 1 or bank.dim() != 3:
+            return torch.ops.moeca.grouped_linear(
+                rows, self.groups.ends, list(weights), list(biases)
+            )
+        out = torch.bmm(rows.reshape(-1, each, rows.shape[-1]), bank.transpose(1, 2))
+        if biases:
+            out = out + biases[0].unsqueeze(1)
+        return out.reshape(-1, out.shape[-1])
 
     def _evaluate(self, node: Node) -> Any:
         """A value that does not depend on rows: once, or once for each expert."""

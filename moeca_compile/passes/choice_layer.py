@@ -117,7 +117,7 @@ class ChoiceLayer(ReuseLayer):
         place = order.narrow(0, 0, count)
         groups = SortedRows(groups.ends, groups.experts.narrow(0, 0, count))
         token = self.token.index_select(0, place)
-        out = run_experts(self.evaluator, region, rows, token, groups)
+        out = run_experts(self.evaluator, region, rows, token, groups, self.expected_branches)
         ran = self.computed.index_select(0, place)
         index = torch.where(ran, self.at.index_select(0, place), size)
         moeca.cache_write(self.cache("slot_out"), index, out)

@@ -35,14 +35,17 @@ def compute_all(
         valid = None if region.valid is None else evaluator.value(region.valid).reshape(-1)
         rows = [evaluator.value(r).reshape(layer.tokens, -1) for r in region.rows]
         order, groups = sort_branches(places % region.num_experts, region.num_experts, valid)
-        if valid is not None:
+        if valid is None:
+            each = layer.branches // region.num_experts
+            groups = SortedRows(groups.ends, groups.experts, each)
+        else:
             count = valid.sum().clamp(min=MIN_ROWS).item()
             torch._check(count >= MIN_ROWS)
             torch._check(count <= layer.branches)
             order = order.narrow(0, 0, count)
             groups = SortedRows(groups.ends, groups.experts.narrow(0, 0, count))
         token = torch.div(places, region.num_experts, rounding_mode="floor").index_select(0, order)
-        out = run_experts(evaluator, region, rows, token, groups)
+        out = run_experts(evaluator, region, rows, token, groups, layer.branches)
         slot_out = None if caches is None else caches[layer.name("slot_out")]
         if caches is not None:
             moeca.cache_write(slot_out, order, out)

@@ -212,7 +212,7 @@ class CopiedLayers:
         self, part: Part, pairs: Counterparts, operands: dict[Node, Tensor]
     ) -> dict[Node, Node]:
         """The nodes of `part` once more, on other operands: {node: its copy}."""
-        origins = {_origin(a): b for a, b in pairs.of.items()}
+        origins = {_origin(a): b for a, b in (*pairs.inside(), *pairs.of.items())}
         given = {node: self._trace.node(value) for node, value in operands.items()}
         made: dict[Node, Node] = {}
 

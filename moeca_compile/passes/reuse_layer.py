@@ -219,7 +219,7 @@ class ReuseLayer(ABC):
         branch = order.narrow(0, 0, count)
         groups = SortedRows(groups.ends, groups.experts.narrow(0, 0, count))
         token = torch.div(branch, region.top_k, rounding_mode="floor")
-        out = run_experts(self.evaluator, region, rows, token, groups)
+        out = run_experts(self.evaluator, region, rows, token, groups, self.expected_branches)
         valid = flat[branch]
         index = torch.where(valid, branch, self.layer.branches)
         before = self.inputs.rows.stamp(self.layer.slot_times, index)
@@ -232,6 +232,11 @@ class ReuseLayer(ABC):
             written = torch.where(valid, token, self.layer.tokens)
             for i, r in enumerate(rows):
                 moeca.cache_write(self.cache(f"token_in{i}"), written, r.index_select(0, token))
+
+    @property
+    def expected_branches(self) -> float:
+        """How many branches will be computed; without a budget the data says, at most all."""
+        return self.layer.branches * (1.0 if self.options.budget is None else self.options.budget)
 
     def _update_slots(self, input_drift: Tensor | None) -> None:
         """Ids, weights and drift of all tokens with a computed branch, written together."""

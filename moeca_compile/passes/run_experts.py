@@ -1,6 +1,6 @@
 """Expert outputs of some rows in a variant under construction.
 
-grouped_experts(rows, token, ends, parameters, program)     CPU, a plain chain of ops
+grouped_experts(rows, token, ends, parameters, program)     CPU, a plain chain of ops, many rows
 grouped_linear, pointwise ops, grouped_linear               otherwise
 """
 
@@ -19,22 +19,30 @@ from ..graph.experts import ExpertRows, SortedRows, per_expert
 from ..graph.region import MoERegion
 
 
+# What all experts make of their rows: below, it stays near the processor anyway, and Inductor's
+# fused kernels beat one call after another (docs/speed.md has the figures).
+STAYS_IN_CACHE = 12 * 2**20  # bytes
+
+
 def run_experts(
     evaluator: Evaluator,
     region: MoERegion,
     rows: list[Tensor],
     token: Tensor,
     groups: SortedRows,
+    expected: float,
 ) -> Tensor:
     """Expert outputs [R, D] of the tokens' rows `rows[i][token]`, sorted by expert.
 
-    rows: each [T, *]; token: [R]. On a CPU expert by expert where the body can be run like that.
+    rows: each [T, *]; token: [R]; expected: about how many rows there will be. On a CPU many rows
+    are run expert by expert, where the body can be run like that.
     """
     body, _, _, params = region.routed.args[:4]
     body = cast(GraphModule, getattr(evaluator.gm, str(body.target)))  # type: ignore[union-attr]
     values = cast(Sequence[Any], torch.fx.map_arg(params, evaluator.value))
     banks = [per_expert(p) for p in values]
-    program = expert_program(body, len(rows)) if rows[0].device.type == "cpu" else None
+    by_expert = rows[0].device.type == "cpu" and expected * _bytes_a_row(body) > STAYS_IN_CACHE
+    program = expert_program(body, len(rows)) if by_expert else None
     if program is None:
         picked = [r.index_select(0, token) for r in rows]
         return ExpertRows(body, picked, banks, groups).run()
@@ -42,3 +50,11 @@ def run_experts(
     counts = [len(bank.tensors) for bank in banks]
     width = int(region.routed.meta["val"].shape[-1])
     return torch.ops.moeca.grouped_experts(rows, token, groups.ends, flat, counts, program, width)
+
+
+def _bytes_a_row(body: GraphModule) -> float:
+    """Of the largest value that an expert makes of its rows."""
+    holes = [n for n in body.graph.nodes if n.op == "placeholder"]
+    tokens = holes[0].meta["val"].shape[0]
+    made = [n.meta["val"] for n in body.graph.nodes if n.op == "call_function"]
+    return max(v.nbytes for v in made if isinstance(v, Tensor) and v.shape[0] == tokens) / tokens

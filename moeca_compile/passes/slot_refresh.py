@@ -37,7 +37,7 @@ def compute_slots(
         rows = [evaluator.value(r).reshape(layer.tokens, -1) for r in region.rows]
         order, groups = sort_branches(ids.reshape(-1), region.num_experts)
         token = torch.div(order, region.top_k, rounding_mode="floor")
-        out = run_experts(evaluator, region, rows, token, groups)
+        out = run_experts(evaluator, region, rows, token, groups, layer.branches)
         if cached is None:
             branches = out.index_select(0, inverse(order))
         else:

@@ -13,6 +13,7 @@ from graph_runs import compile_model, only_entry, use_graph_level, watched_call
 from idioms import make, trajectory
 from idioms.denoiser import Denoiser
 from moeca_compile import Options
+from moeca_compile.passes import run_experts
 from reference_choice import ChoiceReference
 from reference_state import Forced
 
@@ -63,6 +64,21 @@ def test_reuse_equals_the_reference(
 ) -> None:
     """Contracts "oracle" and "honest": same branches, same outputs, same counts."""
     use_graph_level(monkeypatch)
+    _assert_equals_the_reference(case, rule, depth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "rule"), [(CASES[1], RULES[2]), (CASES[2], RULES[1])])
+def test_experts_one_after_another_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, case: tuple, rule: dict
+) -> None:
+    """The form that large models get; see passes/run_experts.py."""
+    use_graph_level(monkeypatch)
+    monkeypatch.setattr(run_experts, "STAYS_IN_CACHE", 0)
+    _assert_equals_the_reference(case, rule, depth=1)
+
+
+def _assert_equals_the_reference(case: tuple, rule: dict, depth: int) -> None:
     idiom, expert, shared, attention = case
     model, calls = build(idiom, 5, depth, expert=expert, shared=shared, attention=attention)
     options = {"policy": "moeca", "interval": 4, **rule}

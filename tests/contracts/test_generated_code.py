@@ -51,7 +51,7 @@ def reuse_code(request: pytest.FixtureRequest) -> tuple[str, dict[str, tuple[int
 @pytest.mark.compile
 def test_no_cache_is_copied_or_scattered_into(reuse_code: tuple) -> None:
     code, caches = reuse_code
-    assert "index_copy" in code and "grouped_experts" in code  # it is the reuse graph
+    assert "index_copy" in code and "grouped_linear" in code  # it is the reuse graph
     assert "aten.scatter" not in code and "aten.index_copy" not in code
     # A copied cache would be a buffer of the cache's own size, scratch row included.
     allocated = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
@@ -68,6 +68,6 @@ def test_matrix_products_run_on_selected_rows(reuse_code: tuple) -> None:
     products = re.findall(r"extern_kernels\.(?:addmm|mm)\(.*out=(\w+)\)", code)
     sizes = [rows[out] for out in products if out in rows]
     selected = [s for s in sizes if re.search(r"u\d+", s)]
-    # qkv, projection, and the shared expert's two products; experts go through grouped_experts
+    # qkv, projection, and the shared expert's two products; experts go through grouped_linear
     assert len(selected) >= 3, sizes  # a buffer may be used twice
     assert sizes.count(str(TOKENS)) <= 3, sizes

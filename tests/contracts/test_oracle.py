@@ -15,6 +15,7 @@ from graph_runs import compile_model, use_graph_level, watched_call
 from idioms import make, trajectory
 from idioms.denoiser import Denoiser
 from moeca_compile import Options
+from moeca_compile.passes import run_experts
 from reference import Forced, Reference
 
 CASES = [
@@ -61,6 +62,24 @@ def test_reuse_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch, case: tuple, rule: dict
 ) -> None:
     use_graph_level(monkeypatch)
+    _assert_equals_the_reference(case, rule)
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [(CASES[2], RULES[5]), pytest.param(CASES[9], RULES[0], marks=pytest.mark.slow)],
+    ids=["I1", "I4"],
+)
+def test_experts_one_after_another_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, case: tuple, rule: dict
+) -> None:
+    """The form that large models get; see passes/run_experts.py."""
+    use_graph_level(monkeypatch)
+    monkeypatch.setattr(run_experts, "STAYS_IN_CACHE", 0)
+    _assert_equals_the_reference(case, rule)
+
+
+def _assert_equals_the_reference(case: tuple, rule: dict) -> None:
     model = _model(case)
     calls = trajectory(model, 5, dx=0.05)
     options = {"interval": 4, **rule}

@@ -99,7 +99,7 @@ class Counterparts:
 
     def _look_alike(self, one: Node, other: Node, given: bool) -> bool:
         if one is other:
-            return given  # else it belongs to one of the two only
+            return True  # given, or what both parts make for themselves: a table of angles
         if "get_attr" in (one.op, other.op):
             return one.op == other.op and not given and self._same_body(one, other)
         return looks(one.meta.get("val")) == looks(other.meta.get("val"))

@@ -5,6 +5,11 @@
 
 Two runs do the same if node by node op and constants are equal, and every argument either is the
 same node of its own run, or comes from outside in both. Nothing is asked about names or modules.
+
+A block that picks its own part of an input, `states[3]`, does so by another constant than the next
+one. Where that is what keeps blocks apart, such picks are taken to the front:
+
+    p | s0 a b c | s1 a b c | s2 a b c | y      ->  s0 s1 s2 p | a b c | a b c | a b c | y
 """
 
 from __future__ import annotations
@@ -12,14 +17,18 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from .counterparts import doing, inputs_of
 from .functional import storage_of
 
+aten = torch.ops.aten
+PICKS = {aten.select.int, aten.slice.Tensor, aten.narrow.default, getitem}  # views
 MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
 MIN_LENGTH = 16  # nodes
 PERIODS = 16  # distances between equal nodes that are tried, the commonest first
@@ -44,10 +53,36 @@ def find_groups(graph: Graph) -> list[Group] | None:
     if any(n.op not in ("call_function", "call_method") for n in order):
         return None
     position = {node: i for i, node in enumerate(graph.nodes)}
-    groups = _groups(order, position)
-    if all(len(g.runs) == 1 for g in groups):
-        return None
-    return groups if all(_can_be_cut(g) for g in groups) else None
+    # as it stands first: of two that save as much, the one with nothing moved
+    ways = [_groups(each, position) for each in (order, _picks_first(order))]
+    groups = max((w for w in ways if all(_can_be_cut(g) for g in w)), key=_saved, default=[])
+    return groups if _saved(groups) else None
+
+
+def _saved(groups: Sequence[Group]) -> int:
+    """Nodes that need no compiling, being done elsewhere already."""
+    return sum((len(g.runs) - 1) * len(g.runs[0]) for g in groups)
+
+
+def _picks_first(order: Sequence[Node]) -> list[Node]:
+    picks = parts_of_inputs(order)
+    return [*picks, *(n for n in order if n not in picks)]
+
+
+def parts_of_inputs(order: Sequence[Node]) -> dict[Node, None]:
+    """Nodes that only pick a part of an input, in order; of constant size, and without a copy.
+
+    None of an input that the graph writes to: views of it have to be made by who writes.
+    """
+    written = {_storage(n) for node in order for n in _written(node)}
+    picks: dict[Node, None] = {}
+    for node in order:
+        source = node.args[0] if node.target in PICKS else None
+        if isinstance(source, Node) and (source.op == "placeholder" or source in picks):
+            constant = node.all_input_nodes == [source] and _fixed(node) is not None
+            if constant and _storage(source) not in written:
+                picks[node] = None
+    return picks
 
 
 def _groups(order: Sequence[Node], position: dict[Node, int]) -> list[Group]:
@@ -83,6 +118,8 @@ def _candidates(order: Sequence[Node]) -> list[tuple[int, int, int]]:
                     range(begin, begin + slack + 1), key=lambda s: _crossing(order, s, length)
                 )
                 found.append((start, length, count))
+                if count > MIN_RUNS:  # what comes into the first run often looks another way
+                    found.append((start + length, length, count - 1))
     return sorted(found, key=lambda c: (-c[1] * (c[2] - 1), c[1]))
 
 

@@ -27,6 +27,7 @@ from torch.fx.traceback import set_current_meta
 
 from ..graph.evaluate import Evaluator
 from ..graph.region import ChoiceRegion
+from ..graph.repeats import parts_of_inputs
 from ..graph.row_cache import RowCache
 from ..options import Options
 from ..torch_compat import Trace
@@ -128,6 +129,9 @@ def variant_outputs(
         found = reuse[number].counters()
         return (found, reuse_evidence(reuse[number])) if plan.layers[number].evidence else (found,)
 
+    # A layer that picks its own part of an input does then what the next one does.
+    for node in parts_of_inputs(list(gm.graph.nodes)):
+        evaluator.value(node)
     # Layer by layer, so that the recursion never gets deeper than one layer.
     trace = Trace.current()
     copied = CopiedLayers(evaluator, plan, options, extra, reuse, trace) if trace else None

@@ -18,7 +18,6 @@ from ..graph.expert_program import expert_program
 from ..graph.experts import ExpertRows, SortedRows, per_expert
 from ..graph.region import MoERegion
 
-
 # What all experts make of their rows: below, it stays near the processor anyway, and Inductor's
 # fused kernels beat one call after another (docs/speed.md has the figures).
 STAYS_IN_CACHE = 12 * 2**20  # bytes
@@ -54,7 +53,8 @@ def run_experts(
 
 def _bytes_a_row(body: GraphModule) -> float:
     """Of the largest value that an expert makes of its rows."""
-    holes = [n for n in body.graph.nodes if n.op == "placeholder"]
-    tokens = holes[0].meta["val"].shape[0]
-    made = [n.meta["val"] for n in body.graph.nodes if n.op == "call_function"]
-    return max(v.nbytes for v in made if isinstance(v, Tensor) and v.shape[0] == tokens) / tokens
+    nodes = body.graph.nodes
+    tokens = next(n for n in nodes if n.op == "placeholder").meta["val"].shape[0]
+    made = [n.meta["val"] for n in nodes if n.op == "call_function"]
+    by_row = [v for v in made if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == tokens]
+    return max((v.nbytes for v in by_row), default=0) / tokens

@@ -258,6 +258,60 @@ def test_sizes_from_the_data_do_not_cross_a_border() -> None:
     assert torch.equal(run_in_pieces(gm, *given)[0], model(*given)[0])
 
 
+def test_a_part_of_an_input_for_each_block() -> None:
+    """By another constant in every block, as text encoders' hidden states are."""
+
+    def model(x: Tensor, states: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for i, each in enumerate(w):
+            x = block(x, each) + states[i] @ each + states[0, :, i : i + 1]
+        return (x,)
+
+    given = [torch.randn(2, 4), torch.randn(4, 2, 4), *weights(4)]
+    gm = traced(model, *given)
+    groups = find_groups(gm.graph)
+    assert groups is not None and max(len(g.runs) for g in groups) == 4
+    assert torch.equal(run_in_pieces(gm, *given)[0], model(*given)[0])
+
+
+def test_a_first_block_that_takes_another_layout_is_left_out() -> None:
+    """It gets a tensor of its own, the others a part of what the block before returned."""
+
+    def model(x: Tensor, more: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for each in w:
+            x = torch.cat([block(x, each), more], 1)[:, :4]
+        return (x,)
+
+    given = [torch.randn(2, 4), torch.randn(2, 2), *weights(5)]
+    gm = traced(model, *given)
+    groups = find_groups(gm.graph)
+    assert groups is not None and max(len(g.runs) for g in groups) == 4
+    assert torch.equal(run_in_pieces(gm, *given)[0], model(*given)[0])
+
+
+def test_the_same_part_for_all_blocks_stays_in_them() -> None:
+    def model(x: Tensor, states: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for each in w:
+            x = block(x, each) + states[1]
+        return (x,)
+
+    gm = traced(model, torch.randn(2, 4), torch.randn(4, 2, 4), *weights(4))
+    groups = find_groups(gm.graph)
+    assert groups is not None
+    (repeated,) = (g for g in groups if len(g.runs) > 1)
+    for run in repeated.runs:
+        assert torch.ops.aten.select.int in {n.target for n in run}
+
+
+def test_parts_of_an_input_that_is_written_stay_where_they_are() -> None:
+    def model(x: Tensor, states: Tensor, *w: Tensor) -> tuple[Tensor]:
+        for i, each in enumerate(w):
+            x = block(x, each) + states[i]
+            states[i].copy_(x)
+        return (x,)
+
+    assert lengths(traced(model, torch.randn(2, 4), torch.zeros(4, 2, 4), *weights(4))) is None
+
+
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["attention_first", "histories", "layers"])

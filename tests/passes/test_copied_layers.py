@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch._guards import TracingContext, tracing
 
 import moeca_compile.passes.insert_cache as insert_cache
 from aten_graphs import described
+from compat.cases import hidream
 from graph_runs import compile_model, only_entry, use_graph_level
 from idioms import make, trajectory
+from moeca_compile.backend import moeca
 from moeca_compile.graph.counterparts import Different
 from moeca_compile.passes.copied_layers import CopiedLayers
 from moeca_compile.torch_compat import new_fake_mode
@@ -68,7 +71,12 @@ def check(
     least: int,
     **options: Any,
 ) -> None:
-    variants = variants_of(monkeypatch, model, **options)
+    compare(monkeypatch, copies, variants_of(monkeypatch, model, **options), least)
+
+
+def compare(
+    monkeypatch: pytest.MonkeyPatch, copies: list[CopiedLayers], variants: Any, least: int
+) -> None:
     for variant in names(variants):
         copies.clear()
         copied = variants.dialect(variant)[0]
@@ -115,6 +123,25 @@ def test_of_other_dispatches(
 ) -> None:
     model = make(idiom, num_experts=4, depth=DEPTH, shared=True)
     check(monkeypatch, copies, model, DEPTH - 2, **{**ROWS, "order": order})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["attention_first", "router_first"])
+def test_layers_with_a_part_of_an_input_each(
+    monkeypatch: pytest.MonkeyPatch, copies: list[CopiedLayers], order: str
+) -> None:
+    """HiDream: each block has its own of the text states; all look up the same table of angles."""
+    pytest.importorskip("diffusers")
+    use_graph_level(monkeypatch)
+    model, calls = hidream.make(packed=True, joint=1, single=6)
+    model.eval()
+    compiled = torch.compile(model, backend=moeca, options={**ROWS, "order": order})
+    with torch.no_grad():
+        for call in calls[:3]:  # captured, refresh, reuse
+            compiled(**call)
+    variants = only_entry(compiled).variants
+    compare(monkeypatch, copies, variants, 3)
+    assert re.search(r"[3-6] x", variants.pieces["reuse"])
 
 
 @pytest.mark.slow

@@ -43,22 +43,22 @@ class Packed(nn.Module):
         return [rows.flatten().float(), columns.flatten().float()]
 
 
-def make(packed: bool) -> Built:
-    """A joint block and one over a single stream; 16 image tokens, texts of 4 tokens."""
+def make(packed: bool, joint: int = 1, single: int = 1) -> Built:
+    """So many joint blocks and blocks over a single stream; 16 image tokens, texts of 4 tokens."""
     from diffusers import HiDreamImageTransformer2DModel
 
     model = HiDreamImageTransformer2DModel(
         patch_size=2,
         in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=joint,
+        num_single_layers=single,
         attention_head_dim=16,
         num_attention_heads=2,
         caption_channels=[12, 20],
         text_emb_dim=24,
         axes_dims_rope=(4, 6, 6),
         max_resolution=(16, 16),
-        llama_layers=[0, 1],
+        llama_layers=list(range(joint + single)),
     )
     fill(model, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -68,7 +68,7 @@ def make(packed: bool) -> Built:
 
     fixed = {
         "encoder_hidden_states_t5": noise(2, 4, 12),
-        "encoder_hidden_states_llama3": noise(2, 2, 4, 20),
+        "encoder_hidden_states_llama3": noise(joint + single, 2, 4, 20),
         "pooled_embeds": noise(2, 24),
     }
     times = [torch.full((2,), 900 - 60 * i) for i in range(STEPS)]

@@ -14,10 +14,10 @@ one. Where that is what keeps blocks apart, such picks are taken to the front:
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from .counterparts import doing, inputs_of
 from .functional import storage_of
 
 aten = torch.ops.aten
-PICKS = {aten.select.int, aten.slice.Tensor, aten.narrow.default, getitem}  # views
+PICKS = {aten.select.int, aten.slice.Tensor, aten.narrow.default, operator.getitem}  # views
+IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
 MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
 MIN_LENGTH = 16  # nodes
 PERIODS = 16  # distances between equal nodes that are tried, the commonest first
@@ -72,17 +73,40 @@ def _picks_first(order: Sequence[Node]) -> list[Node]:
 def parts_of_inputs(order: Sequence[Node]) -> dict[Node, None]:
     """Nodes that only pick a part of an input, in order; of constant size, and without a copy.
 
-    None of an input that the graph writes to: views of it have to be made by who writes.
+    None of an input that the graph writes to: views of it have to be made by who writes. None at
+    all where what is written is not known.
     """
+    if any(_writes_unseen(n) for n in order if n.op in ("call_function", "call_method")):
+        return {}
     written = {_storage(n) for node in order for n in _written(node)}
     picks: dict[Node, None] = {}
     for node in order:
         source = node.args[0] if node.target in PICKS else None
         if isinstance(source, Node) and (source.op == "placeholder" or source in picks):
-            constant = node.all_input_nodes == [source] and _fixed(node) is not None
+            constant = _fixed(node) is not None and _is_view(node)
             if constant and _storage(source) not in written:
                 picks[node] = None
     return picks
+
+
+def _is_view(node: Node) -> bool:
+    """Whether all but the first argument are constants, and no list: rows by number are a copy."""
+    return len(node.all_input_nodes) == 1 and not any(
+        isinstance(leaf, (list, tuple)) for leaf in _items(node.args[1:])
+    )
+
+
+def _items(index: Any) -> list[Any]:
+    """The parts of `x[index]`."""
+    return [part for each in index for part in (each if isinstance(each, tuple) else (each,))]
+
+
+def _writes_unseen(node: Node) -> bool:
+    """Whether a node without a schema, as Dynamo's are, writes to what it is given."""
+    if node.target in IN_PLACE or node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") and getattr(node.target, "__module__", "") != "_operator"  # and_
 
 
 def _groups(order: Sequence[Node], position: dict[Node, int]) -> list[Group]:

@@ -17,7 +17,7 @@ import moeca_compile.lowering.variants as variants_module
 from graph_runs import compile_model, only_entry, use_graph_level
 from idioms import make, trajectory
 from moeca_compile import Options
-from moeca_compile.graph.repeats import find_groups
+from moeca_compile.graph.repeats import find_groups, parts_of_inputs
 from moeca_compile.graph.retrace import fake_like
 from moeca_compile.lowering.pieces import compile_in_pieces
 from moeca_compile.torch_compat import new_fake_mode, without_kernels
@@ -310,6 +310,26 @@ def test_parts_of_an_input_that_is_written_stay_where_they_are() -> None:
         return (x,)
 
     assert lengths(traced(model, torch.randn(2, 4), torch.zeros(4, 2, 4), *weights(4))) is None
+
+
+def test_parts_of_inputs_in_a_graph_of_dynamo() -> None:
+    """By subscript, where no op has a schema: rows by number are a copy, and what is written to is
+    not known where anything is."""
+    picked: list[int] = []
+
+    def count(gm: GraphModule, _: Any) -> Any:
+        picked.append(len(parts_of_inputs(list(gm.graph.nodes))))
+        return gm
+
+    def parts(x: Tensor) -> Tensor:
+        return x[0] + x[1, :, :2].sum() + x[..., 1].sum() + x[[0, 2]].sum() + (x > 0)[0]
+
+    def written(x: Tensor) -> Tensor:
+        return torch.zeros_like(x[0]).add_(x[1])
+
+    for function in (parts, written):
+        torch.compile(function, backend=count)(torch.randn(3, 4, 5))
+    assert picked == [3, 0]
 
 
 @pytest.mark.slow

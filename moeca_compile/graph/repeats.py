@@ -29,7 +29,8 @@ from .functional import storage_of
 
 aten = torch.ops.aten
 PICKS = {aten.select.int, aten.slice.Tensor, aten.narrow.default, operator.getitem}  # views
-IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
+ASSIGNED = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
+IN_PLACE = {operator.setitem, *(getattr(operator, f"i{name}") for name in ASSIGNED.split())}
 MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
 MIN_LENGTH = 16  # nodes
 PERIODS = 16  # distances between equal nodes that are tried, the commonest first

@@ -15,6 +15,7 @@ import moeca_compile.ops  # noqa: F401
 from graph.pushing import tensor, trace
 from moeca_compile.graph.experts import (
     ExpertRows,
+    SortedRows,
     num_experts_of,
     per_expert,
     routed_experts,
@@ -136,6 +137,22 @@ def test_routed_rows_equal_a_loop_over_tokens(name: str, form: str, dtype: torch
     assert got.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["mlp", "packed swiglu"])
+def test_equal_numbers_of_rows_equal_a_loop_over_experts(name: str) -> None:
+    """As one batched product, biases included."""
+    expert, inputs, shapes = BODIES[name]
+    each, params = 3, parameters(shapes, torch.float64)
+    rows = [tensor(EXPERTS * each, WIDTH, seed=5 + i) for i in range(inputs)]
+    groups = SortedRows(
+        torch.arange(1, EXPERTS + 1) * each, torch.arange(EXPERTS).repeat_interleave(each), each
+    )
+    banks = [per_expert(torch.stack(p)) for p in params]
+    got = ExpertRows(make_body(expert, inputs, shapes), rows, banks, groups).run()
+    parts = [[r[e * each : (e + 1) * each] for r in rows] for e in range(EXPERTS)]
+    want = torch.cat([expert(*part, *(p[e] for p in params)) for e, part in enumerate(parts)])
+    torch.testing.assert_close(got, want)
 
 
 def test_branches_are_grouped_by_expert_in_order() -> None:

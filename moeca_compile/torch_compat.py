@@ -14,6 +14,7 @@ file to read and `tests/capture/test_torch_compat.py` one file to run, however l
     compile_apart(f, backend) -> callable     torch.compile, its recompiles counted apart
     trace_whole(m, backend)   -> callable     one call as one graph, for a check
     without_kernels()         -> context      graphs run as they are where Inductor would compile
+    without_code()            -> context      graphs are written down as Python only when needed
     mark_static(gm, at)       -> None         inputs whose addresses CUDA graphs may record
     raise_recompile_limit()   -> callable     puts it back
     trace_no_more(call)       -> bool         what is left of the call runs as it is
@@ -44,6 +45,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -362,6 +364,21 @@ def without_kernels() -> Iterator[None]:
 def compiles_kernels() -> bool:
     """False inside of `without_kernels`."""
     return _KERNELS[-1]
+
+
+def without_code() -> Any:
+    """Inside, traced graphs are written down as Python only where somebody runs or reads them.
+
+    Generating and compiling that text for a graph of some thousand nodes, several times on its way
+    to Inductor, takes as long as tracing a layer. Dynamo does the same around a backend's call.
+    Tested on torch 2.13.
+    """
+    return _use_lazy_graph_module(True)
+
+
+def graph_module(root: Any, graph: Graph) -> GraphModule:
+    """`GraphModule(root, graph)`; inside of `without_code` without its text. Tested on 2.13."""
+    return _make_graph_module(root, graph)
 
 
 class Trace:

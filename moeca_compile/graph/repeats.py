@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ MIN_RUNS = 3  # two are compiled faster in one graph with what is around them
 MIN_LENGTH = 16  # nodes
 PERIODS = 16  # distances between equal nodes that are tried, the commonest first
 
+Alike = Callable[[Sequence[Node]], bool]  # whether runs may take all of these in one place
+
 
 @dataclass(frozen=True)
 class Group:
@@ -46,17 +48,19 @@ class Group:
     results: tuple[int, ...]
 
 
-def find_groups(graph: Graph) -> list[Group] | None:
+def find_groups(graph: Graph, *, own_attributes: bool = False) -> list[Group] | None:
     """All computing nodes of the graph in order, or None where nothing repeats or cannot be cut.
 
     A cut is only made through tensors of constant size: sizes that depend on the data stay inside.
+    own_attributes: each run may have attributes of the graph's module of its own, uncompared.
     """
     order = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     if any(n.op not in ("call_function", "call_method") for n in order):
         return None
     position = {node: i for i, node in enumerate(graph.nodes)}
     # as it stands first: of two that save as much, the one with nothing moved
-    ways = [_groups(each, position) for each in (order, _picks_first(order))]
+    alike = _alike_or_attributes if own_attributes else _alike
+    ways = [_groups(each, position, alike) for each in (order, _picks_first(order))]
     groups = max((w for w in ways if all(_can_be_cut(g) for g in w)), key=_saved, default=[])
     return groups if _saved(groups) else None
 
@@ -110,17 +114,17 @@ def _writes_unseen(node: Node) -> bool:
     return name.endswith("_") and getattr(node.target, "__module__", "") != "_operator"  # and_
 
 
-def _groups(order: Sequence[Node], position: dict[Node, int]) -> list[Group]:
+def _groups(order: Sequence[Node], position: dict[Node, int], alike: Alike) -> list[Group]:
     """Runs that repeat, and what is before, between and behind them as runs of their own."""
     if not order:
         return []
     for start, length, count in _candidates(order):
         end = start + count * length
         runs = tuple(tuple(order[i : i + length]) for i in range(start, end, length))
-        if group := _group(runs, position):
+        if group := _group(runs, position, alike):
             before, behind = order[:start], order[end:]
-            return [*_groups(before, position), group, *_groups(behind, position)]
-    alone = _group((tuple(order),), position)
+            return [*_groups(before, position, alike), group, *_groups(behind, position, alike)]
+    alone = _group((tuple(order),), position, alike)
     assert alone is not None  # one run does the same as itself
     return [alone]
 
@@ -183,7 +187,9 @@ def _fixed(node: Node) -> Tensor | None:
     return value if constant else None
 
 
-def _group(runs: tuple[tuple[Node, ...], ...], position: dict[Node, int]) -> Group | None:
+def _group(
+    runs: tuple[tuple[Node, ...], ...], position: dict[Node, int], alike: Alike
+) -> Group | None:
     """The runs with what they take and give; None where they do not do the same.
 
     Operands stand in the graph's order, by `position`: what a piece writes, AOTAutograd writes back
@@ -200,7 +206,7 @@ def _group(runs: tuple[tuple[Node, ...], ...], position: dict[Node, int]) -> Gro
                 return None
             if at == {None}:
                 slots[given] = None
-    if not all(_alike(given) for given in slots):
+    if not all(alike(given) for given in slots):
         return None
     results = {
         i
@@ -219,6 +225,10 @@ def _alike(given: Sequence[Node]) -> bool:
         return True
     kinds = {_kind(n) for n in given}
     return len(kinds) == 1 and None not in kinds
+
+
+def _alike_or_attributes(given: Sequence[Node]) -> bool:
+    return all(n.op == "get_attr" for n in given) or _alike(given)
 
 
 def _kind(node: Node) -> Any:

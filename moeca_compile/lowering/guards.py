@@ -53,10 +53,20 @@ def assign_slots(ids: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     same = ids.unsqueeze(2) == slot_ids.unsqueeze(1)  # [T, k, slot]
     branch_known, slot_kept = same.any(2), same.any(1)
-    branch_rank = (~branch_known).to(torch.int32).cumsum(1)
-    slot_rank = (~slot_kept).to(torch.int32).cumsum(1)
+    branch_rank, slot_rank = _ranks(~branch_known), _ranks(~slot_kept)
     new = (branch_rank.unsqueeze(2) == slot_rank.unsqueeze(1)) & ~branch_known.unsqueeze(2)
     return same | (new & ~slot_kept.unsqueeze(1)), slot_kept
+
+
+def _ranks(flags: Tensor) -> Tensor:
+    """How many of `flags [T, K]` are set up to and with each.
+
+    A cumulative sum, but with K comparisons each: they are fused with what is around them, where a
+    scan is a kernel of its own and cuts that in two.
+    """
+    places = torch.arange(flags.shape[1], device=flags.device)
+    up_to = places.unsqueeze(0) <= places.unsqueeze(1)
+    return (flags.unsqueeze(1) & up_to).sum(2)
 
 
 def to_slots(assign: Tensor, values: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ from torch.fx.traceback import preserve_node_meta
 from ..graph.counterparts import looks
 from ..graph.functional import mutates
 from ..graph.region import ORIGIN
+from ..torch_compat import graph_module, without_code
 from . import grouped, guards
 
+aten = torch.ops.aten
 moeca = torch.ops.moeca
 
 
@@ -55,7 +57,18 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     moeca.grouped_linear.default: grouped.grouped_linear,
 }
 
+# Where the value looks as the operand does, dtype and strides included, it is the operand.
+HANDING_ON = {
+    aten.to.dtype,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten.narrow.default,
+    aten.slice.Tensor,
+}
 
+
+@without_code()
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor], fake_mode: Any) -> GraphModule:
     """`function` on fake inputs as an ATen graph, dead code removed."""
     with torch.no_grad(), fake_mode, preserve_node_meta():
@@ -63,13 +76,14 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor], fake_mode: Any
     return _finished(traced)
 
 
-def _finished(graph_module: GraphModule) -> GraphModule:
-    graph_module.graph.eliminate_dead_code(_is_impure)
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+def _finished(gm: GraphModule) -> GraphModule:
+    gm.graph.eliminate_dead_code(_is_impure)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
 
 
+@without_code()
 def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
     """The same graph with LOWERINGS applied; only what takes the place of a node is traced, once
     for all nodes that do the same to values of the same sizes."""
@@ -80,11 +94,24 @@ def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
             made[node] = whole[node.args[1]]
         elif node.target in LOWERINGS:
             made[node] = _inline(graph, node, made, fake_mode, traced)
+        elif _changes_nothing(node):
+            made[node] = made[node.args[0]]
         else:
             made[node] = graph.node_copy(node, made.__getitem__)
-    lowered = GraphModule(gm, graph)
+    lowered = graph_module(gm, graph)
     lowered.meta.update(gm.meta)
     return _finished(lowered)
+
+
+def _changes_nothing(node: Node) -> bool:
+    """Whether the node hands its operand on: what row subsetting writes for any layout and dtype is
+    mostly of that kind, and every node costs Inductor milliseconds."""
+    if node.target not in HANDING_ON or node.kwargs:
+        return False
+    operand, *settings = node.args
+    if node.target is aten.to.dtype and len(settings) > 1:  # asked for a copy, maybe
+        return False
+    return isinstance(operand, Node) and looks(operand.meta["val"]) == looks(node.meta["val"])
 
 
 def _inline(

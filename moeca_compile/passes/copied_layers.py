@@ -5,8 +5,10 @@
 
 Tracing costs milliseconds an operation, and a reuse step has hundreds of them a layer. Whether two
 layers do the same is asked of the model's graph and of their plans (graph/counterparts.py): all
-that a layer's part is made from. The first layer usually holds what is before all of them, so
-the second is the first one copied. What differs in anything is traced.
+that a layer's part is made from. What differs in anything is traced. Where blocks repeat, what they
+take from outside is worked out before each (`taken_by_blocks`), so that already the first layer is
+nothing but a layer; elsewhere it holds what is before all of them, and the second is the first one
+copied.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ..graph.counterparts import Counterparts, Different
 from ..graph.evaluate import Evaluator
 from ..graph.region import ORIGIN
+from ..graph.repeats import find_groups
 from ..torch_compat import Trace, leaves, map_leaves
 from .cache_plan import CachePlan, row_specs
 
@@ -58,6 +61,26 @@ class Part:
         """Nodes from outside that it reads."""
         inside = set(self.nodes)
         return {n for node in self.nodes for n in node.all_input_nodes} - inside
+
+
+def taken_by_blocks(gm: GraphModule, plan: CachePlan, whole: bool) -> dict[Node, list[Node]]:
+    """By the end of the first layer of each block that repeats: what the block takes from outside.
+
+    With that in hand, the first layer is traced without what is before all of them, and every
+    later one without what is left of the block before it: they do the same, and are copied.
+    whole: whether every value is needed with all its rows.
+    """
+    ends = [layer.region.combine for layer in plan.layers]
+    found: dict[Node, list[Node]] = {}
+    repeats = find_groups(gm.graph, own_attributes=True) or ()
+    for group in (each for each in repeats if len(each.runs) > 1):
+        for run, operands in zip(group.runs, group.operands, strict=True):
+            inside = set(run)
+            first = next((end for end in ends if end in inside), None)
+            if first is not None:
+                made = [n for n in operands if n.op == "call_function"]
+                found[first] = [n for n in made if whole or n in plan.needed]
+    return found
 
 
 class CopiedLayers:

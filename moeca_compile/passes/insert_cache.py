@@ -35,7 +35,7 @@ from .attention_first import AttentionFirst
 from .cache_plan import CLOCK, CachePlan, LayerPlan
 from .choice_layer import ChoiceAttentionFirst, ChoiceRouterFirst
 from .choice_refresh import compute_all, count_chosen
-from .copied_layers import CopiedLayers
+from .copied_layers import CopiedLayers, taken_by_blocks
 from .evidence import average, reuse_evidence
 from .forecast import (
     finish_refresh,
@@ -134,6 +134,7 @@ def variant_outputs(
         evaluator.value(node)
     # Layer by layer, so that the recursion never gets deeper than one layer.
     trace = Trace.current()
+    taken = taken_by_blocks(gm, plan, whole=not reuse)
     copied = CopiedLayers(evaluator, plan, options, extra, reuse, trace) if trace else None
     numbers = {layer.region.combine: i for i, layer in enumerate(plan.layers)}
     left_out = {region.combine for region in plan.left_out}
@@ -141,6 +142,8 @@ def variant_outputs(
     for node in gm.graph.nodes:
         if node in numbers:
             number = numbers[node]
+            for each in taken.get(node, ()):
+                evaluator.value(each)
             build = partial(trace_layer, number)
             found[number] = copied.build(number, build) if copied else build()
         elif node in left_out:

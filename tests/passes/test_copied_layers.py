@@ -100,7 +100,7 @@ def test_of_every_policy(
     monkeypatch: pytest.MonkeyPatch, copies: list[CopiedLayers], name: str
 ) -> None:
     model = make("I1", num_experts=4, depth=DEPTH, shared=True)
-    check(monkeypatch, copies, model, DEPTH - 2, **OPTIONS[name])
+    check(monkeypatch, copies, model, DEPTH - 1, **OPTIONS[name])
 
 
 def test_inside_of_a_backend_call(
@@ -113,7 +113,7 @@ def test_inside_of_a_backend_call(
     copies.clear()
     with tracing(TracingContext(new_fake_mode())):
         variants.dialect("reuse")
-    assert copies[0].copied >= DEPTH - 2
+    assert copies[0].copied >= DEPTH - 1
 
 
 @pytest.mark.parametrize("order", ["attention_first", "router_first"])
@@ -122,7 +122,8 @@ def test_of_other_dispatches(
     monkeypatch: pytest.MonkeyPatch, copies: list[CopiedLayers], idiom: str, order: str
 ) -> None:
     model = make(idiom, num_experts=4, depth=DEPTH, shared=True)
-    check(monkeypatch, copies, model, DEPTH - 2, **{**ROWS, "order": order})
+    least = DEPTH - (2 if idiom == "I6" else 1)  # I6's first layer makes a constant for all
+    check(monkeypatch, copies, model, least, **{**ROWS, "order": order})
 
 
 @pytest.mark.slow
@@ -140,7 +141,7 @@ def test_layers_with_a_part_of_an_input_each(
         for call in calls[:3]:  # captured, refresh, reuse
             compiled(**call)
     variants = only_entry(compiled).variants
-    compare(monkeypatch, copies, variants, 3)
+    compare(monkeypatch, copies, variants, 4)
     assert re.search(r"[3-6] x", variants.pieces["reuse"])
 
 

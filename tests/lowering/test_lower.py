@@ -35,7 +35,9 @@ def lowered(function: Callable[[Tensor], Tensor]) -> tuple[list[str], Tensor, Te
         return function(x + 1) * 2
 
     mode = new_fake_mode()
-    gm = lower(trace(whole, [mode.from_tensor(torch.zeros(4, 4))], mode), mode)
+    with mode:
+        given = torch.empty(4, 4)
+    gm = lower(trace(whole, [given], mode), mode)
     ops = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
     x = torch.arange(16.0).reshape(4, 4)
     return ops, gm(x), whole(x)

@@ -82,7 +82,10 @@ def run_plan(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any]) -
 
 
 def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any]) -> Tensor:
-    """The rows the experts chosen for each token return: [T, K, D]."""
+    """The rows the experts chosen for each token return: [T, K, D].
+
+    Traced, every expert is called on all rows; called in a check, on some that were not for it.
+    """
     container = module
     for name in plan.bank_path:
         container = getattr(container, name)
@@ -96,14 +99,34 @@ def run_branches(plan: DispatchPlan, module: nn.Module, values: Mapping[str, Any
     kwargs = {name: _argument(argument, values) for name, argument in plan.keyword}
     by_place = [(i, args[i]) for i, a in enumerate(plan.positional) if a.kind == ROWS]
     by_name = [(name, kwargs[name]) for name, a in plan.keyword if a.kind == ROWS]
+    tracing = torch.compiler.is_compiling()
     outputs = []
     for index, expert in enumerate(experts):
+        some = None if tracing else _some_rows(ids, index)
         for place, tokens in by_place:
-            args[place] = torch.ops.moeca.expert_rows(tokens, index)
+            args[place] = _marked(tokens, index) if some is None else tokens[some]
         for name, tokens in by_name:
-            kwargs[name] = torch.ops.moeca.expert_rows(tokens, index)
-        outputs.append(expert(*args, **kwargs))
+            kwargs[name] = _marked(tokens, index) if some is None else tokens[some]
+        output = expert(*args, **kwargs)
+        outputs.append(output if some is None else _spread(output, some, ids.shape[0]))
     return torch.ops.moeca.select_experts(ids, outputs)
+
+
+_marked = torch.ops.moeca.expert_rows.default
+_EVERY = 8  # one row of so many is given to every expert in a check, chosen or not
+
+
+def _some_rows(ids: Tensor, expert: int) -> Tensor:
+    """Rows to check an expert on: those it was chosen for, and others as in a trace, where it gets
+    all rows. All of them would cost experts / slots times what the dispatch costs."""
+    chosen = (ids == expert).any(1)
+    chosen[::_EVERY] = True
+    return chosen.nonzero().squeeze(1)
+
+
+def _spread(output: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    """[tokens, ..] that holds `output` at its rows; the others are not read."""
+    return output.new_zeros(tokens, *output.shape[1:]).index_copy(0, rows, output)
 
 
 def _experts(plan: DispatchPlan, container: nn.Module) -> list[Callable[..., Any]]:

@@ -6,13 +6,18 @@ evaluator.view(changed={attn: stale}, below)            # the same graph on anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.traceback import set_current_meta
+
+
+@dataclass(frozen=True)
+class _Later:
+    make: Callable[[], Any]
 
 
 class Evaluator:
@@ -44,15 +49,16 @@ class Evaluator:
     def set(self, node: Node, value: Any) -> None:
         self._memo[node] = value
 
-    def adopt(self, node: Node, value: Any) -> None:
-        """`set` a value for which all that is to happen after it has happened."""
+    def adopt(self, node: Node, make: Callable[[], Any]) -> None:
+        """`set` a value for which all that is to happen after it has happened; made when it is
+        first asked for."""
         self._after.pop(node, None)
-        self._memo[node] = value
+        self._memo[node] = _Later(make)
 
     @property
-    def known(self) -> Mapping[Node, Any]:
+    def known(self) -> Collection[Node]:
         """The nodes that have a value, inputs included."""
-        return MappingProxyType(self._memo)
+        return self._memo.keys()
 
     def has(self, node: Node) -> bool:
         """Whether the node has a value."""
@@ -73,7 +79,10 @@ class Evaluator:
                 self._memo[node] = self.run_own(node)
             if node in self._after:
                 self._after.pop(node)(self._memo[node])
-        return self._memo[node]
+        found = self._memo[node]
+        if isinstance(found, _Later):
+            found = self._memo[node] = found.make()
+        return found
 
     def view(self, changed: dict[Node, Any], below: set[Node]) -> Callable[[Any], Any]:
         """Values of the same graph with the nodes in `changed` replaced; `below`: all that depends

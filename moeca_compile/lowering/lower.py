@@ -111,7 +111,10 @@ def _changes_nothing(node: Node) -> bool:
     operand, *settings = node.args
     if node.target is aten.to.dtype and len(settings) > 1:  # asked for a copy, maybe
         return False
-    return isinstance(operand, Node) and looks(operand.meta["val"]) == looks(node.meta["val"])
+    if not isinstance(operand, Node):
+        return False
+    before, now = operand.meta["val"], node.meta["val"]
+    return (before.dtype, before.dim()) == (now.dtype, now.dim()) and looks(before) == looks(now)
 
 
 def _inline(

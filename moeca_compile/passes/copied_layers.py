@@ -13,8 +13,9 @@ copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor
@@ -125,7 +126,8 @@ class CopiedLayers:
         read = self._standing_for(sources)
         last = self._trace.last
         found = trace()
-        values = {n: v for n, v in self._evaluator.known.items() if n not in known}
+        value = self._evaluator.value
+        values = {n: value(n) for n in self._evaluator.known if n not in known}
         nodes = tuple(self._trace.behind(last))
         after = self._standing_for(sources)
         moved = {key: node for key, node in after.items() if read.get(key) is not node}
@@ -134,10 +136,12 @@ class CopiedLayers:
         self._parts.append(Part(number, known, values, nodes, found, stands, read, moved))
         return found
 
-    def _sources(self, number: int) -> dict[Key, Tensor]:
-        """All tensors from outside that building layer `number` may read."""
+    def _sources(self, number: int, nodes: Iterable[Node] | None = None) -> dict[Key, Tensor]:
+        """All tensors from outside that building layer `number` may read; nodes: those among the
+        known ones that it does read."""
         found: dict[Key, Any] = {}
-        for node, value in self._evaluator.known.items():
+        for node in self._evaluator.known if nodes is None else nodes:
+            value = self._evaluator.value(node)
             found |= {("node", node, i): leaf for i, leaf in enumerate(leaves(value)[0])}
         found |= {("cache", name): cache for name, cache in self._extra.caches.items()}
         if self._reuse:
@@ -157,9 +161,10 @@ class CopiedLayers:
         pairs = self._pairs(part, number)
         if any(isinstance(v, SYMBOLS) for value in part.values.values() for v in leaves(value)[0]):
             raise Different
-        sources = self._sources(number)
         same = self._same_source(part, number, pairs)
         keys = {key: same(key) for key in part.read}
+        nodes = dict.fromkeys(k[1] for k in keys.values() if k is not None and k[0] == "node")
+        sources = self._sources(number, filter(self._evaluator.has, nodes))
         now = {key: sources[k] for key, k in keys.items() if k is not None and k in sources}
         operands: dict[Node, Tensor] = {}
         for key, value in now.items():
@@ -183,7 +188,7 @@ class CopiedLayers:
             self._trace.take(now[key], made[node])
             stand_ins[node] = now[key]
         for node, value in part.values.items():
-            self._evaluator.adopt(pairs.of[node], map_leaves(image, value))
+            self._evaluator.adopt(pairs.of[node], partial(map_leaves, image, value))
         return tuple(image(value) for value in part.found)
 
     def _pairs(self, part: Part, number: int) -> Counterparts:

@@ -103,6 +103,19 @@ def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
     return _finished(lowered)
 
 
+def share_sizes(gm: GraphModule) -> None:
+    """One size for all that read the same count on the host, where Inductor is to compile them
+    together: it simplifies indices by the names of sizes, again for every other name.
+
+    Not before a graph is cut: pieces hand each other tensors, no sizes.
+    """
+    first: dict[Any, Node] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=aten.item.default):
+        if (size := first.setdefault(node.args[0], node)) is not node:
+            node.replace_all_uses_with(size)
+            gm.graph.erase_node(node)
+
+
 def _changes_nothing(node: Node) -> bool:
     """Whether the node hands its operand on: what row subsetting writes for any layout and dtype is
     mostly of that kind, and every node costs Inductor milliseconds."""

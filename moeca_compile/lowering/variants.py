@@ -22,7 +22,7 @@ from ..passes.reuse_inputs import allowed_counts
 from ..pipeline import Analysis
 from ..runtime.inputs import is_weight
 from ..torch_compat import compiles_kernels, inductor, mark_static
-from .lower import lower, trace
+from .lower import lower, share_sizes, trace
 from .pieces import compile_in_pieces
 from .weight_stacks import WeightStacks
 
@@ -166,6 +166,7 @@ class Variants:
             static |= set(range(behind, len(fakes)))
 
         def compile_one(gm: GraphModule, inputs: list[Any], stay: set[int]) -> Callable[..., Any]:
+            share_sizes(gm)
             mark_static(gm, stay)
             mode = self.analysis.aten.fake_mode
             return inductor(gm, [fake_like(mode, i) for i in inputs], mode, config)

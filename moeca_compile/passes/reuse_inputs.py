@@ -48,11 +48,15 @@ def allowed_counts(layers: Sequence[LayerPlan], budget: float) -> list[list[int]
     At least two: smaller sizes would be specialised.
     """
     found = []
-    for layer in layers:
-        region, samples = layer.region, layer.region.space.samples
-        sizes = (layer.branches // region.groups, layer.tokens // samples)
-        branches, tokens = (max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes)
-        # where groups are no samples, the branches of all of them may be one sample's
-        here = branches if region.groups == samples else branches * region.groups
-        found.append([branches, tokens, min(sizes[1], here)])
+    for sizes in map(counted_sizes, layers):
+        branches, tokens = (max(MIN_ROWS, math.ceil(budget * s - 1e-9)) for s in sizes[:2])
+        found.append([branches, tokens, min(sizes[1], branches * sizes[2])])
     return found
+
+
+def counted_sizes(layer: LayerPlan) -> tuple[int, int, int]:
+    """What a layer's counts depend on besides the budget: branches of a group, tokens of a sample,
+    and the groups whose branches may all be one sample's (one where groups are samples)."""
+    region, samples = layer.region, layer.region.space.samples
+    mixed = 1 if region.groups == samples else region.groups
+    return layer.branches // region.groups, layer.tokens // samples, mixed

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
+from torch._inductor import sizevars
+from torch._inductor.codegen import cpp
 
 from capture.harness import capturing, plain
 from moeca_compile.capture.activity import compiling_for_moeca, is_marked_backend
@@ -14,6 +17,7 @@ from moeca_compile.torch_compat import (
     compile_call,
     compiling_with,
     on_call_end,
+    remembered_indices,
     trace_no_more,
     traced_frame,
 )
@@ -131,3 +135,24 @@ def test_the_rest_of_a_call_runs_as_it_is_and_is_traced_by_the_next() -> None:
     assert torch.equal(run(x), x * 5)
     assert compiled == ["function", "torch_dynamo_resume_in_function"]
     assert torch.equal(run(x), x * 5) and len(compiled) == 2
+
+
+def test_indices_are_remembered_inside_only() -> None:
+    names = ("simplify_index_in_vec_range", "stride_at_vec_range")
+    before = [getattr(sizevars, name) for name in names]
+    rows, column = sympy.symbols("u0 x1", integer=True, positive=True)
+    with remembered_indices():
+        wide = [getattr(sizevars, name) for name in names]
+        assert cpp.stride_at_vec_range is wide[1]
+        for old, new in zip(before, wide, strict=True):
+            assert new.cache_info().maxsize > old.cache_info().maxsize
+            assert new(384 * rows + 2 * column, column, 8) == old(
+                384 * rows + 2 * column, column, 8
+            )
+        hits = wide[1].cache_info().hits
+        wide[1](384 * rows + 2 * column, column, 8)
+        assert wide[1].cache_info().hits == hits + 1
+    assert [getattr(sizevars, name) for name in names] == before
+    assert cpp.stride_at_vec_range is before[1]
+    with remembered_indices():  # what was found is still known
+        assert [getattr(sizevars, name) for name in names] == wide

@@ -124,10 +124,11 @@ def _changes_nothing(node: Node) -> bool:
     operand, *settings = node.args
     if node.target is aten.to.dtype and len(settings) > 1:  # asked for a copy, maybe
         return False
-    if not isinstance(operand, Node):
+    before = operand.meta.get("val") if isinstance(operand, Node) else None  # None: a constant
+    now = node.meta["val"]
+    if not isinstance(before, Tensor) or (before.dtype, before.dim()) != (now.dtype, now.dim()):
         return False
-    before, now = operand.meta["val"], node.meta["val"]
-    return (before.dtype, before.dim()) == (now.dtype, now.dim()) and looks(before) == looks(now)
+    return looks(before) == looks(now)
 
 
 def _inline(

@@ -28,6 +28,10 @@ SOMETHING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+CONSTANT = torch.arange(16.0).reshape(4, 4)
+SOMETHING["constant"] = lambda x: x + CONSTANT.to(torch.float32)
+
+
 def lowered(function: Callable[[Tensor], Tensor]) -> tuple[list[str], Tensor, Tensor]:
     """Ops of `function` with arithmetic around it, what that gives, and what it is to give."""
 

@@ -66,6 +66,7 @@ HANDING_ON = {
     aten.narrow.default,
     aten.slice.Tensor,
 }
+READING = {aten.select.int, aten.unbind.int, getitem, aten.item.default}
 
 
 @without_code()
@@ -103,16 +104,23 @@ def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
     return _finished(lowered)
 
 
-def share_sizes(gm: GraphModule) -> None:
-    """One size for all that read the same count on the host, where Inductor is to compile them
-    together: it simplifies indices by the names of sizes, again for every other name.
+def share_counts(gm: GraphModule, counts: Node, rows: Sequence[int]) -> None:
+    """Read row `rows[i]` of the counts where row `i` was read, and every number once.
 
-    Not before a graph is cut: pieces hand each other tensors, no sizes.
+    Layers of equal sizes have equal counts. Where they are compiled together, one name for both
+    spares sympy half of the indices. Not before a graph is cut: pieces hand on no sizes.
     """
-    first: dict[Any, Node] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=aten.item.default):
-        if (size := first.setdefault(node.args[0], node)) is not node:
-            node.replace_all_uses_with(size)
+    read: dict[tuple[Any, ...], Node] = {}
+    for node in list(gm.graph.nodes):
+        source, *which = node.args if node.target in READING else (None,)
+        if source is counts and node.target is aten.select.int:
+            which[1] = rows[which[1]]
+            node.args = (counts, *which)
+        elif source not in read.values():
+            continue
+        first = read.setdefault((node.target, source, *which), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
             gm.graph.erase_node(node)
 
 

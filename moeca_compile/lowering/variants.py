@@ -18,11 +18,11 @@ from ..debug.dump import Dumper
 from ..graph.retrace import fake_like
 from ..options import Options
 from ..passes.insert_cache import VariantInputs, variant_outputs
-from ..passes.reuse_inputs import allowed_counts
+from ..passes.reuse_inputs import allowed_counts, counted_sizes
 from ..pipeline import Analysis
 from ..runtime.inputs import is_weight
 from ..torch_compat import compiles_kernels, inductor, mark_static
-from .lower import lower, share_sizes, trace
+from .lower import lower, share_counts, trace
 from .pieces import compile_in_pieces
 from .weight_stacks import WeightStacks
 
@@ -166,7 +166,6 @@ class Variants:
             static |= set(range(behind, len(fakes)))
 
         def compile_one(gm: GraphModule, inputs: list[Any], stay: set[int]) -> Callable[..., Any]:
-            share_sizes(gm)
             mark_static(gm, stay)
             mode = self.analysis.aten.fake_mode
             return inductor(gm, [fake_like(mode, i) for i in inputs], mode, config)
@@ -177,4 +176,9 @@ class Variants:
                 self.pieces[variant] = pieces.summary
                 self.dumper.text(f"{variant}.pieces", pieces.summary + "\n")
                 return pieces
+        if self.counts(variant):
+            sizes = [counted_sizes(layer) for layer in self.analysis.plan.layers]
+            place = len(self.analysis.aten.inputs) + len(self.analysis.plan.layout.specs)
+            counts = graph.graph.find_nodes(op="placeholder")[place]
+            share_counts(graph, counts, [sizes.index(each) for each in sizes])
         return compile_one(graph, fakes, static)

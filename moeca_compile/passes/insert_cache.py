@@ -45,7 +45,7 @@ from .forecast import (
     skip_outputs,
     update_layers,
 )
-from .reuse_inputs import ReuseInputs, counted_sizes
+from .reuse_inputs import ReuseInputs
 from .reuse_layer import ReuseLayer
 from .router_first import RouterFirst
 from .row_forecast import CachedRows, Clock
@@ -190,10 +190,10 @@ def _install(
     if variant == "forecast":
         hold_layers(plan.histories, evaluator, extra.caches, _mix(extra))
         return reuse
-    counts = _counts(plan, extra)
     for number, layer in enumerate(plan.layers):
         if variant == "reuse":
-            inputs = ReuseInputs(extra.rows, *counts[number])
+            counts = (None, None, None) if extra.counts is None else extra.counts[number]
+            inputs = ReuseInputs(extra.rows, *counts)
             reuse.append(_reuse_layer(evaluator, layer, options, inputs, plan.needed))
             reuse[-1].install()
         else:
@@ -202,16 +202,6 @@ def _install(
     if variant == "refresh":
         keep_layers(plan.histories, evaluator, extra.caches)
     return reuse
-
-
-def _counts(plan: CachePlan, extra: VariantInputs) -> list[tuple[Any, ...]]:
-    """The counts of each layer. Layers of equal sizes read the same scalars: one size for all that
-    a graph is compiled for, instead of as many that happen to be equal."""
-    if extra.counts is None:
-        return [(None, None, None)] * len(plan.layers)
-    sizes = [counted_sizes(layer) for layer in plan.layers]
-    first = {size: tuple(extra.counts[sizes.index(size)]) for size in dict.fromkeys(sizes)}
-    return [first[size] for size in sizes]
 
 
 def _reuse_layer(

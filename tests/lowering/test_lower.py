@@ -1,4 +1,4 @@
-"""Lowering leaves out what changes nothing, and only that."""
+"""Lowering leaves out what changes nothing, and only that; counts of layers of equal sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeca_compile.lowering.lower import lower, trace
+from moeca_compile.lowering.lower import lower, share_counts, trace
 from moeca_compile.torch_compat import new_fake_mode
 
 NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,3 +59,29 @@ def test_what_changes_something_stays(name: str) -> None:
     ops, found, expected = lowered(SOMETHING[name])
     assert len(ops) > 2
     assert torch.equal(found, expected)
+
+
+def test_layers_of_equal_sizes_read_one_count() -> None:
+    def layers(counts: Tensor, x: Tensor) -> Tensor:
+        found = []
+        for number in range(3):
+            branches, tokens = (count.item() for count in counts[number])
+            for size in (branches, tokens):
+                torch._check(size >= 2)
+                torch._check(size <= 8)
+            found.append(x.narrow(0, 0, branches).sum() * 2 + x.narrow(0, 0, tokens).sum())
+        return torch.stack(found)
+
+    mode = new_fake_mode()
+    with mode:
+        given = [torch.empty(3, 2, dtype=torch.int64), torch.empty(8)]
+    gm = lower(trace(layers, given, mode), mode)
+    counts = gm.graph.find_nodes(op="placeholder")[0]
+    item = torch.ops.aten.item.default
+    assert len(gm.graph.find_nodes(op="call_function", target=item)) == 6
+    share_counts(gm, counts, [0, 1, 0])
+    gm.graph.lint()
+    gm.recompile()
+    assert len(gm.graph.find_nodes(op="call_function", target=item)) == 4
+    x, allowed = torch.arange(8.0), torch.tensor([[3, 2], [5, 4], [3, 2]])
+    assert torch.equal(gm(allowed, x), layers(allowed, x))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capture.models import DIM, SplitLoop, inputs, make
+from capture.models import DIM, Mlp, SplitLoop, inputs, make
 from moeca_compile.capture import compiling_for_moeca, install
 from moeca_compile.capture.fewer_rows import fewer_rows
 from moeca_compile.capture.subject import Replay
@@ -68,4 +68,25 @@ def test_what_only_many_samples_do_is_refused(batch: int, installed: int) -> Non
     model = make(ManySamples, layers=1)
     call = inputs(batch=batch, tokens=64)
     report = install(model, call, {}, is_active=compiling_for_moeca)
+    assert report.installed == installed
+
+
+class Mixing(Mlp):
+    """What a row becomes depends on which rows come along."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize(("kind", "installed"), [(Mlp, 1), (Mixing, 0)])
+def test_experts_are_given_rows_that_are_not_for_them(
+    kind: type[Mlp], installed: int, batch: int
+) -> None:
+    """In the trace they get all rows, in a check some: what minds other rows is refused."""
+    model = make(SplitLoop, layers=1)
+    for module in model.modules():
+        if type(module) is Mlp:
+            module.__class__ = kind
+    report = install(model, inputs(batch=batch, tokens=64), {}, is_active=compiling_for_moeca)
     assert report.installed == installed

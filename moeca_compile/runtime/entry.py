@@ -248,7 +248,7 @@ class CompiledEntry:
         return True
 
     def _evict(self, lane: int) -> None:
-        self.store.free(lane)
+        self.store.retire(lane)
         self.ages.forget(lane)
         self.controller.policy.forget(lane)
         self._measured.pop(lane, None)

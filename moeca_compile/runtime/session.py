@@ -221,7 +221,7 @@ class SessionTracker:
         """Write the call into the lane."""
         if verdict.starts:
             lane.generation = self._generation_of(lane, now, probe)
-            lane.step, lane.direction, lane.widest_gap = 0, 0, 0.0
+            lane.step, lane.direction, lane.widest_gap, lane.gap = 0, 0, 0.0, 0.0
             lane.chords.clear()
         else:
             lane.step += verdict.reason != SAME_STEP
@@ -269,4 +269,5 @@ def _learn_schedule(lane: Lane, now: float | None) -> None:
         return
     if lane.direction == 0:
         lane.direction = 1 if now > last else -1
-    lane.widest_gap = max(lane.widest_gap, abs(now - last))
+    lane.gap = abs(now - last)
+    lane.widest_gap = max(lane.widest_gap, lane.gap)

@@ -3,7 +3,8 @@
 layout = CacheLayout([CacheSpec("blocks.0.slot_out", (512, 2, 128), torch.float32, cpu, "branch")])
 layout.nbytes                      -> 524288, before anything is allocated
 store.tensors(lane=3)              -> allocates once; the same tensors (same addresses) ever after
-store.nbytes == layout.nbytes * len(store.lanes)
+store.retire(3); store.tensors(4)  -> lane 3's tensors, not allocated again
+store.nbytes == layout.nbytes * len(store.lanes), and once more between the two calls above
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class CacheStore:
     def __init__(self, layout: CacheLayout) -> None:
         self.layout = layout
         self._lanes: dict[int, dict[str, Tensor]] = {}
+        self._spare: dict[str, Tensor] | None = None
 
     @property
     def lanes(self) -> tuple[int, ...]:
@@ -74,17 +76,16 @@ class CacheStore:
     @property
     def nbytes(self) -> int:
         """Bytes really held, read from the tensors' storages."""
-        return sum(
-            tensor.untyped_storage().nbytes()
-            for tensors in self._lanes.values()
-            for tensor in tensors.values()
-        )
+        held = [*self._lanes.values(), *([self._spare] if self._spare else [])]
+        return sum(t.untyped_storage().nbytes() for tensors in held for t in tensors.values())
 
     def tensors(self, lane: int) -> dict[str, Tensor]:
-        """The lane's tensors by name, allocated on the first call and never again."""
+        """The lane's tensors by name, allocated on the first call and never again. They may have
+        been another lane's, whose values they hold until they are written."""
         found = self._lanes.get(lane)
         if found is None:
-            found = self._lanes[lane] = {spec.name: _allocate(spec) for spec in self.layout.specs}
+            found = self._spare or {spec.name: _allocate(spec) for spec in self.layout.specs}
+            self._lanes[lane], self._spare = found, None
         return found
 
     def refill(self, lane: int, kind: str) -> None:
@@ -95,13 +96,16 @@ class CacheStore:
                 if spec.kind == kind:
                     tensors[spec.name].fill_(spec.fill)
 
-    def free(self, lane: int) -> None:
-        """Let go of the lane's memory; a lane without any is no error."""
-        self._lanes.pop(lane, None)
+    def retire(self, lane: int) -> None:
+        """The lane is no more; its tensors are the next new lane's, one set of them at most. That
+        saves the allocation, and CUDA graphs are recorded for addresses. A lane without any is no
+        error."""
+        self._spare = self._lanes.pop(lane, None) or self._spare
 
     def reset(self) -> None:
-        """Let go of every lane's memory."""
+        """Let go of all memory."""
         self._lanes.clear()
+        self._spare = None
 
 
 def _allocate(spec: CacheSpec) -> Tensor:

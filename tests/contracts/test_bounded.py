@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moeca_compile
-from contracts.generations import Call, run
+from contracts.generations import Call, assert_fresh, run
 from graph_runs import compile_model, only_entry
 from idioms import make, trajectory
 from idioms.denoiser import Denoiser
@@ -107,6 +107,32 @@ def test_rows_stay_where_they_are(compiled_once: Shared) -> None:
         (lane,) = entry.store.lanes
         addresses.append([t.data_ptr() for t in entry.store.tensors(lane).values()])
     assert all(each == addresses[0] for each in addresses)
+
+
+def test_prompts_after_each_other_use_the_same_rows(compiled_once: Shared) -> None:
+    """What a prompt's generation gives does not depend on the one before, whose rows it takes."""
+    model, compiled, calls = compiled_once
+    moeca_compile.reset(compiled)
+    entry = only_entry(compiled)
+    start = calls[0][1]
+    calls = [(x, start * (1 - i / STEPS), y) for i, (x, _, y) in enumerate(calls)]  # ends at zero
+    addresses, outputs = [], []
+    for prompt in range(3):
+        for number, (x, t, y) in enumerate(calls):
+            ran = run(compiled, x, t, (y + prompt) % 10)
+            if number == 0:
+                assert_fresh(ran, model, x, t, (y + prompt) % 10)
+        outputs.append(ran.output)
+        (lane,) = entry.store.lanes
+        addresses.append([t.data_ptr() for t in entry.store.tensors(lane).values()])
+        stats = moeca_compile.stats(compiled)
+        assert stats.cache_bytes == entry.cache_bytes and stats.lanes == prompt + 1
+    assert addresses[1] == addresses[0] and addresses[2] == addresses[0]
+    for prompt, expected in enumerate(outputs):
+        moeca_compile.reset(compiled)
+        for x, t, y in calls:
+            alone = run(compiled, x, t, (y + prompt) % 10)
+        assert torch.equal(alone.output, expected)
 
 
 def test_lanes_are_bounded_and_evicted_ones_freed(compiled_once: Shared) -> None:

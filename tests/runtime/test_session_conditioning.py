@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeca_compile.runtime.session import SessionTracker
 from runtime.schedules import euler
-from runtime.tracking import LABELS, arguments, assert_one_generation, run
+from runtime.tracking import LABELS, NULL, arguments, assert_one_generation, run
 
 
 def test_changed_prompt_with_the_same_schedule_opens_a_lane() -> None:
@@ -21,7 +21,53 @@ def test_changed_prompt_with_the_same_schedule_opens_a_lane() -> None:
     assert other[0].reason == "new_lane" and other[0].lane == 1
     assert_one_generation(other, 1)
     back = run(tracker, euler(5, seed=2), LABELS.clone())
-    assert back[0].lane == 0 and back[0].reason == "timestep_jumped_back"
+    assert back[0].lane == 2 and back[0].reason == "new_lane", "lane 0 was done"
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_prompts_after_each_other_hold_no_more_lanes_than_one_of_them(
+    guided: bool, shift: float
+) -> None:
+    tracker = SessionTracker()
+    for prompt in range(12):
+        for t, x in euler(20, seed=prompt, shift=shift):
+            tracker.observe(t, (LABELS + prompt,), x)
+            if guided:
+                tracker.observe(t, (NULL,), x)
+        assert len(tracker.live_lanes) == 1 + guided
+    assert tracker.generations == 12
+
+
+def test_rising_timesteps_tell_no_end_so_a_lane_is_done_when_long_unused() -> None:
+    tracker = SessionTracker()
+    for prompt in range(6):
+        run(tracker, [(1 - t, x) for t, x in euler(40, seed=prompt)], LABELS + prompt)
+        assert len(tracker.live_lanes) == min(prompt + 1, 2)
+
+
+def test_lanes_of_an_ended_generation_are_taken_wherever_it_stopped() -> None:
+    tracker = SessionTracker()
+    for prompt in range(6):
+        with tracker.generation():
+            run(tracker, euler(20, seed=prompt)[:10], LABELS + prompt)
+        assert len(tracker.live_lanes) == 1
+
+
+def test_a_lane_in_the_middle_of_its_schedule_is_not_taken() -> None:
+    """Guidance from the fifth step on, and prompts whose generations are called in turn."""
+    tracker = SessionTracker()
+    for number, call in enumerate(euler(20)):
+        assert tracker.observe(*arguments(call, LABELS)).fresh == (number == 0)
+        if number >= 5:
+            assert tracker.observe(*arguments(call, NULL)).fresh == (number == 5)
+    tracker = SessionTracker()
+    loops = [euler(20, seed=prompt) for prompt in range(8)]
+    for number in range(19 + 8):
+        for prompt, loop in enumerate(loops):  # each starts a step after the one before
+            if 0 <= number - prompt < 20:
+                info = tracker.observe(*arguments(loop[number - prompt], LABELS + prompt))
+                assert info.fresh == (number == prompt)
 
 
 def test_prompt_changed_in_the_middle_never_reads_the_other_prompts_rows() -> None:

@@ -67,14 +67,20 @@ def test_refill_touches_one_kind_of_one_lane() -> None:
     assert bool((store.tensors(1)["l0.slot_ids"] == 2).all())
 
 
-def test_free_and_reset_give_the_memory_back() -> None:
+def test_a_new_lane_takes_the_tensors_of_a_retired_one_and_reset_frees_all() -> None:
     store = CacheStore(CacheLayout(SPECS))
     for lane in (0, 1, 2):
-        store.tensors(lane)["l0.c"].fill_(9)
-    store.free(1)
-    store.free(99)
-    assert store.lanes == (0, 2) and store.nbytes == 2 * NBYTES
-    assert float(store.tensors(1)["l0.c"].max()) == 0
+        store.tensors(lane)
+    addresses = [tensor.data_ptr() for tensor in store.tensors(1).values()]
+    store.retire(1)
+    store.retire(99)
+    assert store.lanes == (0, 2) and store.nbytes == 3 * NBYTES
+    assert [tensor.data_ptr() for tensor in store.tensors(3).values()] == addresses
+    assert store.lanes == (0, 2, 3) and store.nbytes == 3 * NBYTES
+    assert float(store.tensors(4)["l0.c"].max()) == 0, "none is left: allocated"
+    store.retire(0)
+    store.retire(2)
+    assert store.nbytes == 3 * NBYTES, "one set is kept"
     store.reset()
     assert store.lanes == () and store.nbytes == 0
 

@@ -140,7 +140,7 @@ class _Watch:
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.sites: dict[tuple[int, int, CodeType], Site] = {}
         self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._frames: dict[tuple[int, int, CodeType], FrameType] = {}
+        self._frames: dict[tuple[int, int, CodeType], FrameType | None] = {}  # None: returned
         self._handles: list[Any] = []
         for bank in find_banks(root):
             for index, expert in enumerate(bank.experts):
@@ -149,6 +149,7 @@ class _Watch:
             for owner in _ancestors(root, bank.path):
                 handle = owner.register_forward_pre_hook(self._owner_hook, with_kwargs=True)
                 self._handles.append(handle)
+                self._handles.append(owner.register_forward_hook(self._returned, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -158,6 +159,11 @@ class _Watch:
     def _owner_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) not in self.arguments:
             self.arguments[id(module)] = (copy_arguments(args), copy_arguments(kwargs))
+
+    def _returned(self, module: nn.Module, *_: Any) -> None:
+        # A frame keeps its locals: the activations of every layer would be alive at once.
+        for key in [key for key in self._frames if key[1] == id(module)]:
+            self._frames[key] = None
 
     def _expert_hook(self, bank: Bank, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

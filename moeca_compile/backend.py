@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ def _entry(gm: GraphModule, inputs: Sequence[Any], request: Request) -> Compiled
     if reason := analysis.plan.histories.refused:
         report_refused(reason, request)
     variants = Variants(analysis, options, request.config, dumper)
-    costs = count_costs(analysis.aten, analysis.plan, options)
+    costs = partial(count_costs, analysis.aten, analysis.plan, options)
     entry = CompiledEntry(variants, options, roles, costs, root)
     if left := [region.name for region in analysis.plan.left_out]:
         log.warning(

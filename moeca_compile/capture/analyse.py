@@ -42,21 +42,24 @@ class Outcome:
 class _Case:
     """A method that may hold the dispatch to the bank of `site`, and what it was seen to take.
 
-    definition: its code without branches on empty selections, if it has any.
+    definition: its code without branches on empty selections, if it has any. result: what its
+    module was seen to return.
     """
 
     site: Site
     method: Method
     recorded: Recorded
     definition: ast.FunctionDef | None
+    result: Any
 
     @property
     def bank_path(self) -> tuple[str, ...]:
         below = self.site.bank.path[len(self.method.path) :].strip(".")
         return tuple(below.split(".")) if below else ()
 
-    def subject(self, recorded: Recorded, whole: Recorded | None = None) -> Subject:
-        """To be experimented on with arguments `recorded`; `whole`: what they are a part of."""
+    def subject(self, recorded: Recorded) -> Subject:
+        """To be experimented on with arguments `recorded`, a part of the case's or all of them."""
+        whole = None if recorded is self.recorded else (self.recorded, self.result)
         return Subject(self.site, self.method, self.bank_path, recorded, self.definition, whole)
 
     def repeats(self, other: _Case) -> bool:
@@ -168,7 +171,8 @@ def _analyse_site(
             refusals.append(Refused(method.obstacle, 1))
             continue
         definition = next((b.definition for b in branches if b.method == method), None)
-        case = _Case(site, method, recorded, definition)
+        result = observation.results.get(id(method.module))
+        case = _Case(site, method, recorded, definition, result)
         if (repeated := _as_before(case, proven)) is not None:
             return repeated
         outcome = _try_mechanisms(case)
@@ -193,23 +197,28 @@ def _as_before(case: _Case, proven: list[tuple[_Case, Outcome]]) -> Outcome | No
 
 
 def _holds(case: _Case, found: Found) -> bool:
-    part = fewer_rows(case.recorded, case.site.bank.size, samples=1)  # shapes are understood
-    return not case.subject(part or case.recorded).differs_as_recorded(found.replacement)
+    seen = (case.recorded, case.result)
+    # one sample: shapes are understood
+    recorded, result = fewer_rows(seen, case.site.bank.size, samples=1) or seen
+    subject = case.subject(recorded)
+    # a result need not have a row a sample
+    gives = subject.gives(found.replacement, result)
+    return gives or not subject.differs_as_recorded(found.replacement)
 
 
 def _try_mechanisms(case: _Case) -> Outcome | Refused:
     few = fewer_rows(case.recorded, case.site.bank.size)
     if few is not None:
-        outcome = _try_on(case, few, whole=case.recorded)
+        outcome = _try_on(case, few)
         if isinstance(outcome, Outcome):
             return outcome
     return _try_on(case, case.recorded)
 
 
-def _try_on(case: _Case, recorded: Recorded, whole: Recorded | None = None) -> Outcome | Refused:
+def _try_on(case: _Case, recorded: Recorded) -> Outcome | Refused:
     name, best = case.method.attribute, Refused("")
     try:
-        subject = case.subject(recorded, whole)
+        subject = case.subject(recorded)
         for mechanism, capture in _MECHANISMS:
             outcome = capture(subject)
             if isinstance(outcome, Found):

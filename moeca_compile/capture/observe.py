@@ -52,13 +52,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Observation:
-    """sites: one per bank and calling method; arguments: first (args, kwargs) per owner id.
+    """sites: one per bank and calling method; arguments: first (args, kwargs) per owner id;
+    results: what the owners of sites returned then, by the same id.
 
     every_read: host reads; last_expert: when an expert was called last; result: of the root.
     """
 
     sites: tuple[Site, ...]
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    results: dict[int, Any] = field(default_factory=dict)
     every_read: tuple[HostRead, ...] = ()
     last_expert: int = 0
     result: Any = None
@@ -111,7 +113,7 @@ def observe(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> O
     finally:
         watch.remove()
     sites, reads = tuple(watch.sites.values()), tuple(watch.host.reads)
-    return Observation(sites, watch.arguments, reads, watch.last_expert, result)
+    return Observation(sites, watch.arguments, watch.results, reads, watch.last_expert, result)
 
 
 def observe_arguments(
@@ -140,6 +142,7 @@ class _Watch:
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.sites: dict[tuple[int, int, CodeType], Site] = {}
         self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.results: dict[int, Any] = {}
         self._frames: dict[tuple[int, int, CodeType], FrameType | None] = {}  # None: returned
         self._handles: list[Any] = []
         for bank in find_banks(root):
@@ -160,10 +163,12 @@ class _Watch:
         if id(module) not in self.arguments:
             self.arguments[id(module)] = (copy_arguments(args), copy_arguments(kwargs))
 
-    def _returned(self, module: nn.Module, *_: Any) -> None:
+    def _returned(self, module: nn.Module, _: Any, result: Any) -> None:
         # A frame keeps its locals: the activations of every layer would be alive at once.
         for key in [key for key in self._frames if key[1] == id(module)]:
             self._frames[key] = None
+            if id(module) not in self.results:
+                self.results[id(module)] = copy_arguments(result)
 
     def _expert_hook(self, bank: Bank, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import ast
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MethodType
@@ -37,7 +37,8 @@ Recorded = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
 class Replay:
     """`method` of an owner, with a copy of the owner to experiment on.
 
-    containers: the banks below the owner. whole: what `recorded` is a part of, if it is one.
+    containers: the banks below the owner. whole: what `recorded` is a part of, if it is one, and
+    what the owner was seen to return for that (None: not seen).
     copied: the owner's copy in float32 / float64; arguments: recorded (args, kwargs) of the
     owner, in the copy's dtypes.
     """
@@ -45,7 +46,7 @@ class Replay:
     method: Method
     recorded: Recorded
     containers: tuple[nn.Module, ...] = ()
-    whole: Recorded | None = None
+    whole: tuple[Recorded, Any] | None = None
 
     def __post_init__(self) -> None:
         with exact_arithmetic(self.device):
@@ -101,8 +102,19 @@ class Replay:
 
     def disagreement(self, replacement: Replacement) -> str:
         """Compare the whole owner before and after on every probe; "" or what differed."""
-        differences = (self._differs(replacement, *probe) for probe in self._probes())
-        return next(filter(None, differences), "")
+        probes = probe_arguments(self.arguments)
+        differences = (self._differs(replacement, *probe) for probe in probes)
+        return next(filter(None, differences), "") or self._whole_differs(replacement)
+
+    def gives(self, replacement: Replacement, result: Any, arguments: Any = None) -> bool:
+        """Whether the owner gives `result` on `arguments` (default: the recorded ones), where it
+        computes in the copy's dtypes anyway. No says nothing: the copy's weights may be others."""
+        if result is None or not self.is_exact:
+            return False
+        found, error = self._outcome(
+            replacement, self.arguments if arguments is None else arguments
+        )
+        return error is None and close(found, result)
 
     def differs_as_recorded(self, replacement: Replacement) -> bool:
         """Whether the owner gives other values on the recorded arguments. Raises what it raises."""
@@ -117,10 +129,14 @@ class Replay:
             return f"{name} input gives other values than the original dispatch"
         return ""
 
-    def _probes(self) -> Iterator[tuple[str, Any]]:
-        yield from probe_arguments(self.arguments)
-        if self.whole is not None:
-            yield "whole recorded", exact_arguments(self.whole)
+    def _whole_differs(self, replacement: Replacement) -> str:
+        if self.whole is None:
+            return ""
+        recorded, result = self.whole
+        arguments = exact_arguments(recorded)
+        if self.gives(replacement, result, arguments):
+            return ""
+        return self._differs(replacement, "whole recorded", arguments)
 
     def _outcome(self, replacement: Replacement, arguments: Any) -> tuple[Any, Exception | None]:
         used = copy_arguments(arguments)
@@ -146,7 +162,7 @@ class Subject(Replay):
         bank_path: tuple[str, ...],
         recorded: Recorded,
         definition: ast.FunctionDef | None = None,
-        whole: Recorded | None = None,
+        whole: tuple[Recorded, Any] | None = None,
     ) -> None:
         modules = isinstance(site.bank, Bank)
         super().__init__(method, recorded, (site.bank.container,) if modules else (), whole)

@@ -114,7 +114,7 @@ class _Pair:
         self._outputs = len(analysis.aten.gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self._taps = add_taps(analysis)
         self._variants = _WatchedVariants(analysis, options)
-        self._entry = CompiledEntry(self._variants, options, roles, self._costs, None)
+        self._entry = CompiledEntry(self._variants, options, roles, lambda: self._costs, None)
         self._entry.history = History(analysis.plan, options)
         self._rows = RowWatch(analysis.plan.layers)
         self._run = run

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class CompiledEntry:
         variants: Variants,
         options: Options,
         roles: InputRoles,
-        costs: Costs,
+        costs: Callable[[], Costs],
         root: nn.Module | None,
     ):
         plan = variants.analysis.plan
@@ -58,7 +58,7 @@ class CompiledEntry:
         self.controller = Controller(options, plan.variants)
         self.ages = LaneAges()
         self.turns = Turns()  # the registry makes entries of one compiled model share theirs
-        self.counters = Counters(costs.layers, costs.fixed, costs.forecast)
+        self.counters = Counters([each.region.open_ended for each in plan.layers], costs)
         self.history: History | None = None  # set while someone records
         self._names = tuple(s.name for s in plan.layout.specs)
         self._scratch = plan.scratch

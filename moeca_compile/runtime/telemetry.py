@@ -11,13 +11,14 @@ stays bounded.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from moeca_compile.policies.protocol import Decision, Kind
-from moeca_compile.runtime.stats import LayerCost, LayerStats, Stats
+from moeca_compile.runtime.stats import Costs, LayerCost, LayerStats, Stats
 
 # attention_run, shared_run: rows really computed, padding included. branches: asked for in this
 # step, counted only where their number depends on the data.
@@ -37,21 +38,20 @@ MAX_EVENTS = 256
 class Counters:
     """Running totals of one compiled entry.
 
-    layers: one cost per MoE layer, in the row order of what reuse graphs return. fixed_flops: what
-    every step that computes rows spends outside them. forecast_flops: all that a forecast step
-    spends; a skipped one spends nothing.
+    open_ended: per MoE layer, in the row order of what reuse graphs return, whether its number of
+    branches depends on the data. costs: what the graph's FLOPs are, asked for when somebody first
+    reads the totals: counting them takes some 60 ms a layer.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerCost],
-        fixed_flops: float = 0.0,
-        forecast_flops: float = 0.0,
-    ) -> None:
-        self.layers = tuple(layers)
-        self.fixed_flops = fixed_flops
-        self.forecast_flops = forecast_flops
+    def __init__(self, open_ended: Sequence[bool], costs: Callable[[], Costs]) -> None:
+        self._open_ended = tuple(open_ended)
+        self._count_costs = costs
         self.reset()
+
+    @cached_property
+    def costs(self) -> Costs:
+        """FLOPs of the graph and of its layers' rows."""
+        return self._count_costs()
 
     def reset(self) -> None:
         """Start counting at zero."""
@@ -67,7 +67,7 @@ class Counters:
         number of branches depends on the data, for steps that compute everything; for these only.
         Raises ValueError for another shape or dtype; reads no value.
         """
-        full = decision.kind in ("plain", "refresh") and any(c.open_ended for c in self.layers)
+        full = decision.kind in ("plain", "refresh") and any(self._open_ended)
         if (counts is not None) != (decision.kind == "reuse" or full):
             raise ValueError(f"counters: counts go with reuse steps only, got {decision.kind!r}")
         if counts is not None:
@@ -82,13 +82,13 @@ class Counters:
 
     def stats(self, *, cache_bytes: int = 0, generations: int = 0, lanes: int = 0) -> Stats:
         """Everything counted so far; the only place that waits for the device."""
-        folded = self._fold()
+        folded, costs = self._fold(), self.costs
         steps = self._steps
         full_steps = steps["plain"] + steps["refresh"]
         computed = full_steps + steps["reuse"]
         rows = tuple(
             _layer_stats(cost, full_steps, steps.total(), counted)
-            for cost, counted in zip(self.layers, folded)
+            for cost, counted in zip(costs.layers, folded)
         )
         return Stats(
             plain_steps=steps["plain"],
@@ -97,8 +97,8 @@ class Counters:
             forecast_steps=steps["forecast"],
             skip_steps=steps["skip"],
             layers=rows,
-            fixed_flops_full=self.fixed_flops * steps.total(),
-            fixed_flops=self.fixed_flops * computed + self.forecast_flops * steps["forecast"],
+            fixed_flops_full=costs.fixed * steps.total(),
+            fixed_flops=costs.fixed * computed + costs.forecast * steps["forecast"],
             cache_bytes=cache_bytes,
             generations=generations,
             lanes=lanes,
@@ -107,7 +107,7 @@ class Counters:
         )
 
     def _add(self, counts: Tensor) -> None:
-        expected = (len(self.layers), len(FIELDS))
+        expected = (len(self._open_ended), len(FIELDS))
         if tuple(counts.shape) != expected or counts.dtype != torch.int64:
             raise ValueError(
                 f"counters: expected int64 {expected}, got {counts.dtype} {tuple(counts.shape)}"
@@ -122,7 +122,7 @@ class Counters:
             total.add_(counts)
 
     def _fold(self) -> list[list[int]]:
-        folded = torch.zeros(len(self.layers), len(FIELDS), dtype=torch.int64)
+        folded = torch.zeros(len(self._open_ended), len(FIELDS), dtype=torch.int64)
         for total in self._sums.values():
             folded += total.cpu()
         return folded.tolist()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moeca_compile.policies.protocol import Decision
-from moeca_compile.runtime.stats import LayerCost, Stats, merge_stats
+from moeca_compile.runtime.stats import Costs, LayerCost, Stats, merge_stats
 from moeca_compile.runtime.telemetry import FIELDS, MAX_EVENTS, Counters
 
 COSTS = (
@@ -23,8 +23,12 @@ PLAIN, REUSE = Decision("plain", "caching_off"), Decision("reuse", "policy")
 COUNTS = torch.tensor([[3, 2, 1, 0, 2, 3, 4, 0], [5, 4, 2, 1, 0, 6, 0, 0]])
 
 
+def counters_of(layers: tuple[LayerCost, ...], fixed: float = 0.0) -> Counters:
+    return Counters([layer.open_ended for layer in layers], lambda: Costs(layers, fixed))
+
+
 def filled() -> Counters:
-    counters = Counters(COSTS, FIXED)
+    counters = counters_of(COSTS, FIXED)
     counters.ran(Decision("refresh", "new_lane"))
     counters.ran(REUSE, COUNTS)
     counters.ran(REUSE, COUNTS * 2)
@@ -62,7 +66,7 @@ def test_per_layer_rows() -> None:
 
 def test_a_number_of_branches_that_only_the_data_has_is_counted_in_every_step() -> None:
     first = dataclasses.replace(COSTS[0], open_ended=True)
-    counters = Counters((first, COSTS[1]), FIXED)
+    counters = counters_of((first, COSTS[1]), FIXED)
     branches, computed = FIELDS.index("branches"), FIELDS.index("branches_computed")
     full, reused = torch.zeros(2, 8).long(), COUNTS.clone()
     full[0, branches] = full[0, computed] = 9
@@ -87,14 +91,14 @@ def test_reading_does_not_change_anything_and_counting_goes_on() -> None:
 
 
 def test_counts_may_be_overwritten_after_the_step() -> None:
-    counters, output = Counters(COSTS), COUNTS.clone()
+    counters, output = counters_of(COSTS), COUNTS.clone()
     counters.ran(REUSE, output)
     output.fill_(1000)
     assert counters.stats().branches_computed == 8
 
 
 def test_counts_may_come_from_inference_mode_and_outside() -> None:
-    counters = Counters(COSTS)
+    counters = counters_of(COSTS)
     with torch.inference_mode():
         counters.ran(REUSE, COUNTS.clone())
     counters.ran(REUSE, COUNTS)
@@ -114,7 +118,7 @@ def test_reset_starts_at_zero() -> None:
     counters = filled()
     counters.event("x")
     counters.reset()
-    assert counters.stats() == Counters(COSTS, FIXED).stats()
+    assert counters.stats() == counters_of(COSTS, FIXED).stats()
     assert counters.stats().speedup_flops == 1.0
 
 
@@ -123,7 +127,7 @@ def test_reset_starts_at_zero() -> None:
     [COUNTS[:1], COUNTS[:, :5], COUNTS.int(), COUNTS.float(), torch.zeros(0, len(FIELDS)).long()],
 )
 def test_counts_of_another_form_are_refused(counts: torch.Tensor) -> None:
-    counters = Counters(COSTS)
+    counters = counters_of(COSTS)
     with pytest.raises(ValueError, match=r"expected int64 \(2, 8\)"):
         counters.ran(REUSE, counts)
     assert counters.stats().steps == 0
@@ -131,9 +135,9 @@ def test_counts_of_another_form_are_refused(counts: torch.Tensor) -> None:
 
 def test_counts_belong_to_reuse_steps_only() -> None:
     with pytest.raises(ValueError, match="reuse"):
-        Counters(COSTS).ran(REUSE)
+        counters_of(COSTS).ran(REUSE)
     with pytest.raises(ValueError, match="refresh"):
-        Counters(COSTS).ran(Decision("refresh", "interval"), COUNTS)
+        counters_of(COSTS).ran(Decision("refresh", "interval"), COUNTS)
 
 
 def test_to_dict_is_json_and_has_every_public_number() -> None:
@@ -157,8 +161,22 @@ def test_the_table_has_a_line_per_layer_and_the_reasons() -> None:
     assert "steps 0" in str(Stats())
 
 
+def test_costs_are_counted_when_the_totals_are_first_read() -> None:
+    asked: list[int] = []
+
+    def costs() -> Costs:
+        asked.append(1)
+        return Costs(COSTS, FIXED)
+
+    counters = Counters([False, False], costs)
+    counters.ran(REUSE, COUNTS)
+    counters.reset()
+    assert not asked
+    assert counters.stats() == counters.stats() and len(asked) == 1
+
+
 def test_events_are_bounded() -> None:
-    counters = Counters(COSTS)
+    counters = counters_of(COSTS)
     for number in range(MAX_EVENTS + 10):
         counters.event(str(number))
     events = counters.stats().events
@@ -167,7 +185,7 @@ def test_events_are_bounded() -> None:
 
 def test_merge_adds_entries_by_layer() -> None:
     small = tuple(dataclasses.replace(cost, tokens=4, branches=8) for cost in COSTS)
-    other = Counters(small, 50.0)
+    other = counters_of(small, 50.0)
     other.ran(Decision("refresh", "new_lane"))
     left, right = filled().stats(cache_bytes=1, generations=2), other.stats(cache_bytes=2, lanes=1)
     both = merge_stats([left, right])

@@ -181,10 +181,11 @@ def sort_branches(
     # A radix sort takes a pass for each byte of its keys, on a GPU a kernel.
     key = key.to(torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int32)
     ordered, order = torch.sort(key, stable=True)
-    ordered = ordered.long()
-    bounds = torch.arange(num_experts, device=key.device)
-    ends = torch.searchsorted(ordered, bounds, right=True)
-    return order, SortedRows(ends, ordered.clamp(max=num_experts - 1))
+    # On a CPU the search is no part of any kernel, so a cast in front would be a kernel of its own.
+    sought = ordered if ordered.is_cpu else ordered.long()
+    bounds = torch.arange(num_experts, device=key.device, dtype=sought.dtype)
+    ends = torch.searchsorted(sought, bounds, right=True)
+    return order, SortedRows(ends, ordered.long().clamp(max=num_experts - 1))
 
 
 def inverse(order: Tensor) -> Tensor:

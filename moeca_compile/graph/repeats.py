@@ -18,6 +18,7 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ class Group:
     results: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Search:
+    """position: in the graph. alike: see `Alike`. doing: what a node does, to be compared."""
+
+    position: dict[Node, int]
+    alike: Alike
+    doing: Callable[[Node], Any]
+
+
 def find_groups(graph: Graph, *, own_attributes: bool = False) -> list[Group] | None:
     """All computing nodes of the graph in order, or None where nothing repeats or cannot be cut.
 
@@ -58,9 +68,9 @@ def find_groups(graph: Graph, *, own_attributes: bool = False) -> list[Group] | 
     if any(n.op not in ("call_function", "call_method") for n in order):
         return None
     position = {node: i for i, node in enumerate(graph.nodes)}
+    search = _Search(position, _alike_or_attributes if own_attributes else _alike, cache(doing))
     # as it stands first: of two that save as much, the one with nothing moved
-    alike = _alike_or_attributes if own_attributes else _alike
-    ways = [_groups(each, position, alike) for each in (order, _picks_first(order))]
+    ways = [_groups(each, search) for each in (order, _picks_first(order))]
     groups = max((w for w in ways if all(_can_be_cut(g) for g in w)), key=_saved, default=[])
     return groups if _saved(groups) else None
 
@@ -114,24 +124,24 @@ def _writes_unseen(node: Node) -> bool:
     return name.endswith("_") and getattr(node.target, "__module__", "") != "_operator"  # and_
 
 
-def _groups(order: Sequence[Node], position: dict[Node, int], alike: Alike) -> list[Group]:
+def _groups(order: Sequence[Node], search: _Search) -> list[Group]:
     """Runs that repeat, and what is before, between and behind them as runs of their own."""
     if not order:
         return []
-    for start, length, count in _candidates(order):
+    for start, length, count in _candidates(order, search):
         end = start + count * length
         runs = tuple(tuple(order[i : i + length]) for i in range(start, end, length))
-        if group := _group(runs, position, alike):
+        if group := _group(runs, search):
             before, behind = order[:start], order[end:]
-            return [*_groups(before, position, alike), group, *_groups(behind, position, alike)]
-    alone = _group((tuple(order),), position, alike)
+            return [*_groups(before, search), group, *_groups(behind, search)]
+    alone = _group((tuple(order),), search)
     assert alone is not None  # one run does the same as itself
     return [alone]
 
 
-def _candidates(order: Sequence[Node]) -> list[tuple[int, int, int]]:
+def _candidates(order: Sequence[Node], search: _Search) -> list[tuple[int, int, int]]:
     """(start, length, count) of what looks like runs, those that save most nodes first."""
-    labels = [doing(n) for n in order]
+    labels = [search.doing(n) for n in order]
     places: dict[Any, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         places[label].append(i)
@@ -187,18 +197,16 @@ def _fixed(node: Node) -> Tensor | None:
     return value if constant else None
 
 
-def _group(
-    runs: tuple[tuple[Node, ...], ...], position: dict[Node, int], alike: Alike
-) -> Group | None:
+def _group(runs: tuple[tuple[Node, ...], ...], search: _Search) -> Group | None:
     """The runs with what they take and give; None where they do not do the same.
 
-    Operands stand in the graph's order, by `position`: what a piece writes, AOTAutograd writes back
+    Operands stand in the graph's order: what a piece writes, AOTAutograd writes back
     in the order of its inputs, and a history moves on oldest first.
     """
     places = [{node: i for i, node in enumerate(run)} for run in runs]
     slots: dict[tuple[Node, ...], None] = {}
     for nodes in zip(*runs, strict=True):
-        if any(doing(n) != doing(nodes[0]) for n in nodes[1:]):
+        if any(search.doing(n) != search.doing(nodes[0]) for n in nodes[1:]):
             return None
         for given in zip(*(inputs_of(n) for n in nodes), strict=True):
             at = {place.get(n) for place, n in zip(places, given, strict=True)}
@@ -206,7 +214,7 @@ def _group(
                 return None
             if at == {None}:
                 slots[given] = None
-    if not all(alike(given) for given in slots):
+    if not all(search.alike(given) for given in slots):
         return None
     results = {
         i
@@ -214,7 +222,7 @@ def _group(
         for i, node in enumerate(run)
         if any(user not in place for user in node.users)
     }
-    ordered = sorted(slots, key=lambda given: position[given[0]])
+    ordered = sorted(slots, key=lambda given: search.position[given[0]])
     operands = tuple(zip(*ordered, strict=True)) if ordered else tuple(() for _ in runs)
     return Group(runs, operands, tuple(sorted(results)))
 

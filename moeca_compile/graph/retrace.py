@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from torch.fx.traceback import preserve_node_meta
 
-from ..torch_compat import new_fake_mode, placeholder_source
+from ..torch_compat import graph_module, new_fake_mode, placeholder_source
 from .constant_reads import WithConstants, constants, reads_numbers
 from .functional import Mutation, make_functional, mutates
 from .region import source_line
@@ -88,8 +88,8 @@ def retrace(gm: GraphModule, values: Sequence[Any]) -> AtenGraph:
         raise Untraceable(f"{error} ({source_line(error.node) or error.node.name})") from None
     traced.graph.eliminate_dead_code()
     merged = CSEPass(get_CSE_banned_ops())(traced)
-    traced = merged.graph_module if merged is not None else traced
-    traced.recompile()
+    # the pass writes its graph down as Python, which nobody has asked for
+    traced = graph_module(traced, (merged.graph_module if merged is not None else traced).graph)
     holes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = tuple(_describe(i, holes[i], values[i]) for i in tensors)
     return AtenGraph(traced, fake_mode, inputs)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from tqdm import tqdm, trange
 
 import moeca_compile
 from moeca_compile.runtime.registry import REGISTRY
+from moeca_compile.speed.networks import with_shared_weights
 
 INTERVAL = 4
 CYCLES = 2  # refresh intervals in one timed generation
@@ -74,12 +74,6 @@ class Engine:
         (self.reuse_ms if reused else self.refresh_ms).append(elapsed_ms)
         (self.reuse if reused else self.refresh).append(elapsed_ms / (plain_ms or elapsed_ms))
         return elapsed_ms
-
-
-def with_shared_weights(model: nn.Module) -> nn.Module:
-    """A copy of `model` with its own modules and the very same parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def build(model: nn.Module, budgets: list[float], score: str, order: str) -> list[Engine]:

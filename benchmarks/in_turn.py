@@ -14,14 +14,13 @@ there already, a reuse step its second.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from models import ROOT, machine
+from output import save
 from tabulate import tabulate
 from tqdm import tqdm, trange
 
@@ -29,7 +28,6 @@ import moeca_compile
 from moeca_compile.speed.networks import with_shared_weights
 from moeca_compile.speed.workload import Call, Sizes, load
 
-OUT = ROOT / "out" / "benchmarks"
 ONE_GRAPH = "one graph"
 
 
@@ -102,10 +100,7 @@ def main() -> None:
         for name, times in found.items()
     ]
     print(tabulate(rows, headers="keys", floatfmt=("", ".1f", ".1f", ".3f")))
-    OUT.mkdir(parents=True, exist_ok=True)
-    result = {"arguments": vars(arguments), "machine": machine(), "rows": rows, "raw": found}
-    (OUT / "in_turn.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {OUT / 'in_turn.json'}")
+    save("in_turn", arguments, rows=rows, raw=found)
 
 
 if __name__ == "__main__":

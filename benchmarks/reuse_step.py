@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,8 @@ from statistics import linear_regression, median
 from typing import Any
 
 import torch
-from models import ROOT, Call, inputs, machine, overhead_model, speed_calls, speed_model
+from models import Call, inputs, overhead_model, speed_calls, speed_model
+from output import save
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm, trange
@@ -35,7 +35,6 @@ from moeca_compile.speed.networks import with_shared_weights
 
 INTERVAL = 4
 CYCLES = 2  # refresh intervals in one timed generation
-OUT = ROOT / "out" / "benchmarks"
 
 
 @dataclass
@@ -243,10 +242,7 @@ def main() -> None:
         f"({overhead['moeca_us']:.0f} against {overhead['plain_us']:.0f}) without caching; "
         f"placing a cached call takes {overhead['placing_us']:.0f} us more"
     )
-    OUT.mkdir(parents=True, exist_ok=True)
-    result = {"arguments": vars(arguments), "machine": machine(), "overhead": overhead}
-    (OUT / "reuse_step.json").write_text(json.dumps(result | {"engines": rows}, indent=2) + "\n")
-    print(f"wrote {OUT / 'reuse_step.json'}")
+    save("reuse_step", arguments, overhead=overhead, engines=rows)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from models import ROOT, machine, speed_calls, speed_model
+from models import speed_calls, speed_model
+from output import save
 from tabulate import tabulate
 from tqdm import tqdm
 
 import moeca_compile  # noqa: F401  the backend, and its import before the clock starts
 
-OUT = ROOT / "out" / "benchmarks"
 OPTIONS = {"interval": 4, "budget": 0.1, "order": "attention_first"}
 CALLS = {"plain": 3, "moeca": 6}  # moeca: captures, refresh, reuse; then reuse, reuse, refresh
 BATCH = 8
@@ -120,10 +120,7 @@ def main() -> None:
         for name in CALLS
     ]
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
-    OUT.mkdir(parents=True, exist_ok=True)
-    result = {"arguments": vars(arguments), "machine": machine(), "rows": rows, "raw": found}
-    (OUT / "start_up.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {OUT / 'start_up.json'}")
+    save("start_up", arguments, rows=rows, raw=found)
 
 
 if __name__ == "__main__":

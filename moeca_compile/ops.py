@@ -13,7 +13,8 @@ computes only the routed rows.
 
 Cache form: `cache_read`, `cache_write`, `cache_fill`, `expert_thresholds` and `guard_branches` are
 what `insert_cache` puts around regions; lowering replaces them by ops that Inductor fuses.
-`grouped_linear` and `grouped_experts` stay ops: their group sizes are known only at run time.
+`grouped_linear`, `grouped_experts` and `few_rows_linear` stay ops: how many rows there are is known
+only at run time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import guards
+from .lowering import few_rows, guards
 from .lowering.expert_programs import run_grouped
 
 
@@ -68,13 +69,16 @@ def grouped_linear(
     """
     stacked = len(weights) == 1 and weights[0].dim() == 3
     bank = weights[0] if stacked else weights
-    shift = (biases[0] if stacked else biases) if biases else None
+    shift = biases[0] if biases and stacked else biases
     out = rows.new_empty(rows.shape[0], bank[0].shape[0])
+    if few_rows.products(rows, ends, tuple(bank), tuple(shift), out):
+        out[int(ends[-1]) :].zero_()
+        return out
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
             part, weight = rows[start:end], bank[expert].t()
-            if shift is None:
+            if not len(shift):
                 torch.mm(part, weight, out=out[start:end])
             else:
                 torch.addmm(shift[expert], part, weight, out=out[start:end])
@@ -86,6 +90,25 @@ def grouped_linear(
 @grouped_linear.register_fake
 def _(rows: Tensor, ends: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return rows.new_empty(rows.shape[0], weights[0].shape[-2])
+
+
+@torch.library.custom_op("moeca::few_rows_linear", mutates_args=())
+def few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of a number of rows that is known at run time only, by the way that suits it.
+
+    rows: [..., I]; weight: [O, I]; bias: [O] or None. Returns [..., O].
+    """
+    flat = rows.flatten(end_dim=-2)
+    out = flat.new_empty(flat.shape[0], weight.shape[0])
+    ends, shift = torch.tensor([flat.shape[0]]), () if bias is None else (bias,)
+    if not few_rows.products(flat, ends, (weight,), shift, out):
+        out = torch.nn.functional.linear(flat, weight, bias)
+    return out.reshape(*rows.shape[:-1], weight.shape[0])
+
+
+@few_rows_linear.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("moeca::grouped_experts", mutates_args=(), tags=HOST_READ)

@@ -21,11 +21,13 @@ file to read and `tests/capture/test_torch_compat.py` one file to run, however l
     trace_no_more(call)       -> bool         what is left of the call runs as it is
     Trace.current()           -> Trace        what make_fx is making, to be added to by hand
     is_compile_wrapper(f)     -> bool         f is another function, compiled
+    c_library(source)         -> CDLL         C++ compiled as Inductor compiles its kernels
 """
 
 from __future__ import annotations
 
 import ast
+import ctypes
 import functools
 import inspect
 import operator
@@ -624,3 +626,12 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor options of a `torch.compile` mode; RuntimeError if unknown. Tested on torch 2.13."""
     return torch._inductor.list_mode_options(mode)
+
+
+def c_library(source: str) -> ctypes.CDLL:
+    """C++ source compiled with Inductor's compiler and flags, kept in its cache; any exception of
+    that, CppCompileError first. Tested on torch 2.13.
+    """
+    from torch._inductor.codecache import CppCodeCache  # Inductor takes a second to import
+
+    return CppCodeCache.load(source)  # type: ignore[return-value]

@@ -5,6 +5,7 @@ moeca.cache_write(c, idx, rows) ->  c.index_copy_(0, idx, rows)   O(len(idx)), i
 moeca.cache_fill(c, rows)       ->  c.copy_(rows)
 moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined, its results stored
 moeca.grouped_linear(...)       ->  a grouped product on CUDA (lowering/grouped.py), else itself
+aten.linear(some rows, w, b)    ->  moeca.few_rows_linear on a CPU (lowering/few_rows.py)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -23,7 +24,7 @@ from ..graph.counterparts import looks
 from ..graph.functional import mutates
 from ..graph.region import ORIGIN
 from ..torch_compat import graph_module, without_code
-from . import grouped, guards
+from . import few_rows, grouped, guards
 
 aten = torch.ops.aten
 moeca = torch.ops.moeca
@@ -93,7 +94,7 @@ def lower(gm: GraphModule, fake_mode: Any) -> GraphModule:
         whole = made.get(node.args[0]) if node.target is getitem else None
         if isinstance(whole, tuple):
             made[node] = whole[node.args[1]]
-        elif node.target in LOWERINGS:
+        elif node.target in LOWERINGS or _has_few_rows(node):
             made[node] = _inline(graph, node, made, fake_mode, traced)
         elif _changes_nothing(node):
             made[node] = made[node.args[0]]
@@ -122,6 +123,18 @@ def share_counts(gm: GraphModule, counts: Node, rows: Sequence[int]) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             gm.graph.erase_node(node)
+
+
+def _has_few_rows(node: Node) -> bool:
+    """Whether the node is a linear of selected rows: how many there are is known at run time."""
+    if node.target is not aten.linear.default:
+        return False
+    made = node.meta["val"]
+    return few_rows.suits(made) and any(isinstance(size, SymInt) for size in made.shape[:-1])
+
+
+def _few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return moeca.few_rows_linear(rows, weight, bias)
 
 
 def _changes_nothing(node: Node) -> bool:
@@ -164,7 +177,8 @@ def _trace_node(node: Node, fake_mode: Any) -> Graph:
     def run(*given: Any) -> Any:
         values = dict(zip(inputs, given, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-        return LOWERINGS[node.target](*args, **kwargs)
+        lowering = LOWERINGS.get(node.target, _few_rows_linear)
+        return lowering(*args, **kwargs)
 
     with torch.no_grad(), fake_mode:
         return make_fx(run, pre_dispatch=True)(*(a.meta["val"] for a in inputs)).graph

@@ -1,0 +1,94 @@
+"""Products of few rows on a CPU, float32: weights are read where they lie, once, nothing packed.
+
+    rows [R, I] sorted by group   weights: each [O, I], its rows contiguous   ->  out [R, O]
+
+A library for large matrices copies every weight into the order its kernel likes before it
+multiplies, whatever the number of rows; with some tens of rows that is as much work as the product
+(docs/speed.md has the figures). few_rows.cpp takes sums along I, for which rows and weights lie
+right as they are, and asks for the next weights while it uses these. g++ compiles it at first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..torch_compat import c_library
+
+log = logging.getLogger(__name__)
+
+MANY = 512  # rows a group, from which on torch's products are as fast (measured on AVX2)
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
+SIGNATURE = (
+    *(POINTER, NUMBER),  # rows, elements from one to the next
+    *(POINTER, NUMBER),  # ends, groups
+    *(POINTER, NUMBER, POINTER),  # weights, elements from one row to the next, biases or none
+    *(POINTER, NUMBER, NUMBER, NUMBER),  # out, inputs, outputs, threads
+)
+
+
+def suits(rows: Tensor) -> bool:
+    """Whether the kernel is for values like these, as far as device and dtype tell."""
+    return rows.is_cpu and rows.dtype == torch.float32 and _measured_here()
+
+
+def _measured_here() -> bool:
+    """Where it is known to be faster: x86 with AVX2 and nothing wider, under Linux."""
+    return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def products(
+    rows: Tensor, ends: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor
+) -> bool:
+    """Write `rows[r] @ W_g.T + b_g` to `out[r]` for the rows of every group g; False: did nothing.
+
+    rows: [R, I], those of group g end at `ends[g]`; weights: each [O, I]; biases: none, or each
+    [O]; out: [R, O], contiguous. Not for many rows a group, other dtypes, other strides.
+    """
+    first = weights[0]
+    if not suits(rows) or not 0 < rows.shape[0] <= MANY * len(weights) or rows.stride(1) != 1:
+        return False
+    if first.shape[1] != rows.shape[1] or first.shape[1] == 0:
+        return False
+    if ends.dtype != torch.int64 or not ends.is_contiguous():
+        return False
+    given = (*weights, *biases)
+    if not all(t.is_cpu and t.dtype == torch.float32 and t.stride(-1) == 1 for t in given):
+        return False
+    if any(w.shape != first.shape or w.stride(0) != first.stride(0) for w in weights):
+        return False
+    kernel = _kernel()
+    if kernel is None:
+        return False
+    kernel(
+        *(rows.data_ptr(), rows.stride(0), ends.data_ptr(), len(weights)),
+        *(_addresses(weights), first.stride(0), _addresses(biases) if biases else None),
+        *(out.data_ptr(), first.shape[1], first.shape[0], torch.get_num_threads()),
+    )
+    return True
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (POINTER * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+@cache
+def _kernel() -> Callable[..., None] | None:
+    """The compiled kernel; None, and one line in the log, where there is no compiler."""
+    try:
+        library = c_library(Path(__file__).with_suffix(".cpp").read_text())
+    except Exception as error:  # whatever a compiler, or a folder, may be missing
+        reason = str(error).strip().splitlines()[0]
+        log.warning("products of few rows run by torch, slower: no kernel, %s", reason)
+        return None
+    function = library.few_rows
+    function.argtypes, function.restype = SIGNATURE, None
+    return function

@@ -1,0 +1,137 @@
+"""The kernel for products of few rows computes what torch's products do, or stands aside."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeca_compile.lowering import few_rows
+
+moeca = torch.ops.moeca
+here = pytest.mark.skipif(
+    not few_rows.suits(torch.empty(1)), reason="the kernel is for x86 with AVX2 and nothing wider"
+)
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@here
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inputs", [1, 7, 8, 100, 1024])
+@pytest.mark.parametrize("outputs", [1, 3, 4, 64, 83, 384])
+def test_every_size(inputs: int, outputs: int, bias: bool, threads: int) -> None:
+    """Groups of no row, one to five (every tile there is), and more than a block of them."""
+    counts = [0, 1, 2, 0, 3, 4, 5, 133, 0]
+    ends = torch.tensor(counts).cumsum(0)
+    rows = values(int(ends[-1]) + 2, inputs)  # two of padding
+    weights = values(len(counts), outputs, inputs, seed=1) / inputs**0.5
+    biases = values(len(counts), outputs, seed=2)
+    out = torch.full((len(rows), outputs), torch.nan)
+    shifts = list(biases) if bias else []
+    assert few_rows.products(rows, ends, list(weights), shifts, out)
+    group = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    want = torch.einsum("ri,roi->ro", rows[:-2].double(), weights[group].double())
+    want += biases[group] if bias else 0
+    torch.testing.assert_close(out[:-2].double(), want, rtol=1e-5, atol=1e-5)
+    assert out[-2:].isnan().all()  # nobody's rows
+
+
+@here
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """The same bits whatever the tile a row is in, and whoever computes it."""
+    rows, weight = values(11, 50), values(29, 50, seed=1)
+    whole = torch.empty(11, 29)
+    assert few_rows.products(rows, torch.tensor([11]), [weight], [], whole)
+    for row in range(11):
+        one = torch.empty(1, 29)
+        assert few_rows.products(rows[row : row + 1], torch.tensor([1]), [weight], [], one)
+        assert torch.equal(one[0], whole[row])
+
+
+@here
+def test_rows_and_weights_may_be_parts_of_larger_ones() -> None:
+    rows, weight = values(9, 40)[:, 5:21], values(12, 64, seed=1)[:, 3:19]
+    out = torch.empty(9, 12)
+    assert few_rows.products(rows, torch.tensor([9]), [weight], [], out)
+    torch.testing.assert_close(out, rows @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@here
+def test_what_is_not_finite_stays_so_in_its_row() -> None:
+    rows, weight = values(5, 20), values(6, 20, seed=1)
+    rows[2, 3], rows[4, 19] = torch.inf, torch.nan
+    out = torch.empty(5, 6)
+    assert few_rows.products(rows, torch.tensor([5]), [weight], [], out)
+    assert not out[2].isfinite().any() and out[4].isnan().all()
+    assert out[[0, 1, 3]].isfinite().all()
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "another dtype": {"rows": values(4, 16).double(), "weight": values(8, 16).double()},
+    "columns apart": {"rows": values(4, 32)[:, ::2]},
+    "many rows": {"rows": values(few_rows.MANY + 1, 16)},
+}
+
+
+@pytest.mark.parametrize("changed", REFUSED.values(), ids=REFUSED)
+def test_others_are_left_to_torch(changed: dict[str, Any]) -> None:
+    given = {"rows": values(4, 16), "weight": values(8, 16, seed=1)} | changed
+    rows, weight = given["rows"], given["weight"]
+    ends, out = torch.tensor([len(rows)]), torch.full((len(rows), 8), 7.0, dtype=rows.dtype)
+    assert not few_rows.products(rows, ends, [weight], [], out)
+    assert (out == 7).all()
+    torch.testing.assert_close(moeca.few_rows_linear(rows, weight, None), rows @ weight.t())
+    torch.testing.assert_close(moeca.grouped_linear(rows, ends, [weight], []), rows @ weight.t())
+
+
+def test_sizes_that_do_not_fit_are_an_error() -> None:
+    with pytest.raises(RuntimeError):
+        moeca.few_rows_linear(values(4, 5), values(8, 6), None)
+    empty = moeca.few_rows_linear(values(4, 0), values(8, 0), None)
+    assert torch.equal(empty, torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (0, 5), (2, 0, 5)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_of_any_leading_dims(shape: tuple[int, ...], bias: bool) -> None:
+    rows, weight, shift = values(*shape), values(7, 5, seed=1), values(7, seed=2) if bias else None
+    got = moeca.few_rows_linear(rows, weight, shift)
+    torch.testing.assert_close(got, F.linear(rows, weight, shift), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(moeca.few_rows_linear.default, (rows, weight, shift))
+
+
+def test_without_a_compiler_torch_computes_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(source: str) -> Any:
+        raise OSError("g++ not found\nand many lines more")
+
+    monkeypatch.setattr(few_rows, "c_library", no_compiler)
+    monkeypatch.setattr(few_rows, "_measured_here", lambda: True)
+    few_rows._kernel.cache_clear()
+    rows, weight = values(4, 16), values(8, 16, seed=1)
+    try:
+        with caplog.at_level(logging.WARNING, few_rows.log.name):
+            for _ in range(2):
+                got = moeca.few_rows_linear(rows, weight, None)
+                torch.testing.assert_close(got, rows @ weight.t())
+    finally:
+        few_rows._kernel.cache_clear()
+    (line,) = caplog.messages
+    assert "no kernel, g++ not found" in line

@@ -15,17 +15,21 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ..torch_compat import c_library
 
 log = logging.getLogger(__name__)
 
 MANY = 512  # rows a group, from which on torch's products are as fast (measured on AVX2)
+FEW = 256  # rows of a linear, where their number is known: clearly faster up to there
+WORK = 2**22  # multiplications of such a linear
+WEIGHTS = 2**16  # weights of a linear of selected rows
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 SIGNATURE = (
     *(POINTER, NUMBER),  # rows, elements from one to the next
@@ -40,6 +44,18 @@ def suits(rows: Tensor) -> bool:
     return rows.is_cpu and rows.dtype == torch.float32 and _measured_here()
 
 
+def pays(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a linear of `rows [..., I]` and `weight [O, I]` is worth an op of its own, which
+    costs some ten calls of Python. Sizes may be symbols."""
+    if not suits(rows) or isinstance(weight.numel(), SymInt) or weight.stride(1) != 1:
+        return False
+    count = prod(rows.shape[:-1])
+    if isinstance(count, SymInt):
+        return weight.numel() >= WEIGHTS
+    return count <= FEW and count * weight.numel() >= WORK
+
+
+@cache
 def _measured_here() -> bool:
     """Where it is known to be faster: x86 with AVX2 and nothing wider, under Linux."""
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -53,31 +69,55 @@ def products(
     rows: [R, I], those of group g end at `ends[g]`; weights: each [O, I]; biases: none, or each
     [O]; out: [R, O], contiguous. Not for many rows a group, other dtypes, other strides.
     """
-    first = weights[0]
-    if not suits(rows) or not 0 < rows.shape[0] <= MANY * len(weights) or rows.stride(1) != 1:
-        return False
-    if first.shape[1] != rows.shape[1] or first.shape[1] == 0:
-        return False
     if ends.dtype != torch.int64 or not ends.is_contiguous():
         return False
-    given = (*weights, *biases)
-    if not all(t.is_cpu and t.dtype == torch.float32 and t.stride(-1) == 1 for t in given):
-        return False
-    if any(w.shape != first.shape or w.stride(0) != first.stride(0) for w in weights):
+    return _run(rows, ends.data_ptr(), weights, biases, out)
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`rows @ weight.T + bias`, or None where `products` does nothing.
+
+    rows: [..., I]; weight: [O, I]; bias: [O] or None. Returns [..., O].
+    """
+    flat = rows.flatten(end_dim=-2)
+    out = flat.new_empty(flat.shape[0], weight.shape[0])
+    ends, biases = (NUMBER * 1)(flat.shape[0]), () if bias is None else (bias,)
+    if not _run(flat, ends, (weight,), biases, out):
+        return None
+    return out.view(*rows.shape[:-1], weight.shape[0])
+
+
+def _run(
+    rows: Tensor, ends: Any, weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor
+) -> bool:
+    first, few = weights[0], rows.shape[0] <= MANY * len(weights)
+    if not few or not suits(rows) or not _lie_right(rows, weights, biases):
         return False
     kernel = _kernel()
     if kernel is None:
         return False
     kernel(
-        *(rows.data_ptr(), rows.stride(0), ends.data_ptr(), len(weights)),
+        *(rows.data_ptr(), rows.stride(0), ends, len(weights)),
         *(_addresses(weights), first.stride(0), _addresses(biases) if biases else None),
         *(out.data_ptr(), first.shape[1], first.shape[0], torch.get_num_threads()),
     )
     return True
 
 
+def _lie_right(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """What the kernel relies on, which takes addresses as they come."""
+    shape, stride = weights[0].shape, weights[0].stride()
+    if rows.stride(1) != 1 or stride[1] != 1 or not 0 < shape[1] == rows.shape[1]:
+        return False
+    if any(w.shape != shape or w.stride() != stride for w in weights):
+        return False
+    if any(b.shape != shape[:1] or b.stride(0) != 1 for b in biases):
+        return False
+    return all(t.is_cpu and t.dtype == torch.float32 for t in (*weights, *biases))
+
+
 def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (POINTER * len(tensors))(*(t.data_ptr() for t in tensors))
+    return (POINTER * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
 @cache

@@ -5,7 +5,7 @@ moeca.cache_write(c, idx, rows) ->  c.index_copy_(0, idx, rows)   O(len(idx)), i
 moeca.cache_fill(c, rows)       ->  c.copy_(rows)
 moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined, its results stored
 moeca.grouped_linear(...)       ->  a grouped product on CUDA (lowering/grouped.py), else itself
-aten.linear(some rows, w, b)    ->  moeca.few_rows_linear on a CPU (lowering/few_rows.py)
+aten.linear(few rows, w, b)     ->  moeca.few_rows_linear on a CPU (lowering/few_rows.py)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -126,11 +126,11 @@ def share_counts(gm: GraphModule, counts: Node, rows: Sequence[int]) -> None:
 
 
 def _has_few_rows(node: Node) -> bool:
-    """Whether the node is a linear of selected rows: how many there are is known at run time."""
+    """Whether the node is a linear of few rows, or of selected ones: how many is known later."""
     if node.target is not aten.linear.default:
         return False
-    made = node.meta["val"]
-    return few_rows.suits(made) and any(isinstance(size, SymInt) for size in made.shape[:-1])
+    rows, weight = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
+    return few_rows.pays(rows, weight)
 
 
 def _few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

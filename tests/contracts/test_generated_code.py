@@ -13,7 +13,6 @@ from torch._inductor.utils import run_and_get_code
 
 from graph_runs import compile_model, only_entry
 from idioms import make, trajectory
-from moeca_compile.lowering import few_rows
 
 TOKENS = 32  # 2 samples x 16
 
@@ -69,7 +68,6 @@ def test_matrix_products_run_on_selected_rows(reuse_code: tuple) -> None:
     products = re.findall(r"extern_kernels\.(?:addmm|mm)\(.*out=(\w+)\)", code)
     sizes = [rows[out] for out in products if out in rows]
     selected = [s for s in sizes if re.search(r"u\d+", s)]
-    by_kernel = code.count("moeca.few_rows_linear.default(")
     # qkv, projection, and the shared expert's two products; experts go through grouped_linear
-    assert by_kernel == 4 if few_rows.suits(torch.empty(1)) else len(selected) >= 3, sizes
-    assert sizes.count(str(TOKENS)) <= 3, sizes  # a buffer may be used twice
+    assert len(selected) >= 3, sizes  # a buffer may be used twice
+    assert sizes.count(str(TOKENS)) <= 3, sizes

@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
+from graph_runs import compile_model, only_entry, use_graph_level
+from idioms import make, trajectory
 from moeca_compile.lowering import few_rows
 
 moeca = torch.ops.moeca
@@ -105,6 +110,57 @@ def test_sizes_that_do_not_fit_are_an_error() -> None:
         moeca.few_rows_linear(values(4, 5), values(8, 6), None)
     empty = moeca.few_rows_linear(values(4, 0), values(8, 0), None)
     assert torch.equal(empty, torch.zeros(4, 8))
+
+
+BOUNDS = few_rows.FEW, few_rows.WEIGHTS
+PAYS: dict[str, tuple[Tensor, Tensor, bool]] = {
+    "few rows, large weights": (values(8, 256), values(2048, 256), True),
+    "little to multiply": (values(8, 256), values(2047, 256), False),
+    "few in many dims": (values(2, 16, 8, 128), values(128, 128), True),
+    "many rows": (values(BOUNDS[0] + 1, 256), values(2048, 256), False),
+    "another dtype": (values(8, 256).double(), values(2048, 256).double(), False),
+    "turned weights": (values(8, 256), values(256, 2048).t(), False),
+}
+
+
+@here
+@pytest.mark.parametrize(("rows", "weight", "expected"), PAYS.values(), ids=PAYS)
+def test_where_an_op_of_its_own_pays(rows: Tensor, weight: Tensor, expected: bool) -> None:
+    assert few_rows.pays(rows, weight) == expected
+
+
+@here
+@pytest.mark.parametrize(("width", "expected"), [(256, True), (255, False)])
+def test_selected_rows_are_judged_by_their_weights(width: int, expected: bool) -> None:
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        count = mode.shape_env.create_unbacked_symint()  # type: ignore[union-attr]
+        rows, weight = torch.empty(2, count, 256), torch.empty(width, 256)
+    assert few_rows.pays(rows, weight) == expected
+
+
+@here
+def test_lowering_puts_it_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of selected rows in a reuse step, none of all rows, and the values of torch's."""
+    use_graph_level(monkeypatch)
+    outs = []
+    for weights in (2**63, 0):
+        monkeypatch.setattr(few_rows, "WEIGHTS", weights)
+        torch._dynamo.reset()
+        model = make("split", attention="sdpa", depth=1, expert="swiglu")
+        calls = trajectory(model, 2, dx=0.05)
+        run = compile_model(model, calls[0], budget=0.25, order="attention_first")
+        with torch.no_grad():
+            outs.append([run(*call) for call in calls][-1])
+        variants = only_entry(run).variants
+        found = {v: ops_of(variants.lowered(v)[0]) for v in ("refresh", "reuse")}
+        # qkv, projection, the three of the shared expert; experts go through grouped_linear
+        assert found["reuse"].count(moeca.few_rows_linear.default) == (0 if weights else 5)
+        assert moeca.few_rows_linear.default not in found["refresh"]
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+
+
+def ops_of(gm: GraphModule) -> list[Any]:
+    return [n.target for n in gm.graph.nodes]
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (0, 5), (2, 0, 5)])

@@ -22,9 +22,9 @@ from ..lowering import few_rows
 # What all experts make of their rows: below, it stays near the processor anyway, and Inductor's
 # fused kernels beat one call after another (docs/speed.md has the figures).
 STAYS_IN_CACHE = 12 * 2**20  # bytes
-# With the kernel for few rows, products of all experts are faster up to here, where the C library
-# begins to map and clear such a value anew in every step.
-WITH_KERNEL = 2 * STAYS_IN_CACHE
+# With the kernel for few rows, products of all experts are faster up to so many times that, where
+# the C library begins to map and clear such a value anew in every step.
+WITH_KERNEL = 2
 
 
 def run_experts(
@@ -44,7 +44,7 @@ def run_experts(
     body = cast(GraphModule, getattr(evaluator.gm, str(body.target)))  # type: ignore[union-attr]
     values = cast(Sequence[Any], torch.fx.map_arg(params, evaluator.value))
     banks = [per_expert(p) for p in values]
-    near = WITH_KERNEL if few_rows.suits(rows[0]) else STAYS_IN_CACHE
+    near = STAYS_IN_CACHE * (WITH_KERNEL if few_rows.suits(rows[0]) else 1)
     by_expert = rows[0].device.type == "cpu" and expected * _bytes_a_row(body) > near
     program = expert_program(body, len(rows)) if by_expert else None
     if program is None:

@@ -56,8 +56,8 @@ def test_one_after_another_where_the_hidden_rows_are_too_many(
     refresh: Any,
     reuse: Any,
 ) -> None:
-    for name in ("STAYS_IN_CACHE", "WITH_KERNEL"):
-        monkeypatch.setattr(run_experts, name, rows * HIDDEN * 4)
+    monkeypatch.setattr(run_experts, "STAYS_IN_CACHE", rows * HIDDEN * 4)
+    monkeypatch.setattr(run_experts, "WITH_KERNEL", 1)
     found = variants("I1", budget=budget)
     assert forms(found, "plain") == forms(found, "refresh") == {refresh}
     assert forms(found, "reuse") == {reuse}

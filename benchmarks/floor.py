@@ -6,14 +6,15 @@
 
 The layer is that of `speed_model`: products of experts, shared expert and attention with as many
 rows as a step computes. Weights of several layers take turns, so that they come from memory as in a
-model. Fewer rows are slower a row: weights have to be read whatever the number of rows.
+model. Fewer rows are slower a row: weights have to be read whatever the number of rows, and torch's
+products pack them too. The kernel for few rows, which does not, is in the last columns.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -24,6 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
+import moeca_compile  # noqa: F401  its ops
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LAYERS = 4
 TOKENS = 256
 
@@ -61,24 +65,30 @@ class Products:
         attention = 4 * self.query.numel() * TOKENS
         return attention + sum(2 * rows * w.numel() for rows, w in self.linears(block))
 
-    def run(self, block: Any) -> None:
+    def run(self, block: Any, linear: Linear) -> None:
         for rows, weight in self.linears(block):
-            F.linear(self.inputs[rows, weight.shape[1]], weight)
+            linear(self.inputs[rows, weight.shape[1]], weight, None)
         F.scaled_dot_product_attention(self.query, self.key, self.key)
 
 
 @torch.no_grad()
-def measure(model: Any, batch: int, shares: Sequence[float], rounds: int) -> list[float]:
-    """Median ms a layer for each share; shares take turns, so that a busy moment hits all."""
+def measure(
+    model: Any, batch: int, shares: Sequence[float], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Median ms a layer for each share, by torch's products and by the kernel where it is for them;
+    all take turns, so that a busy moment hits all."""
+    ways: list[Linear] = [F.linear, torch.ops.moeca.few_rows_linear.default]
     sizes = [Products(model, batch, share) for share in shares]
-    times: list[list[float]] = [[] for _ in sizes]
+    times: list[list[list[float]]] = [[[] for _ in sizes] for _ in ways]
     for _ in trange(rounds, desc="rounds", ncols=88):
-        for products, spent in zip(sizes, times, strict=True):
-            start = time.perf_counter()
-            for block in model.blocks:
-                products.run(block)
-            spent.append(1000 * (time.perf_counter() - start) / LAYERS)
-    return [median(spent) for spent in times]
+        for number, products in enumerate(sizes):
+            for linear, spent in zip(ways, times, strict=True):
+                start = time.perf_counter()
+                for block in model.blocks:
+                    products.run(block, linear)
+                spent[number].append(1000 * (time.perf_counter() - start) / LAYERS)
+    by_torch, by_kernel = ([median(spent) for spent in way] for way in times)
+    return by_torch, by_kernel
 
 
 def main() -> None:
@@ -92,7 +102,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     model = speed_model(LAYERS, torch.float32)
     shares = [1.0, *arguments.shares]
-    found = measure(model, arguments.batch, shares, arguments.rounds)
+    found, kernel = measure(model, arguments.batch, shares, arguments.rounds)
     work = [Products(model, arguments.batch, s).flops(model.blocks[0]) for s in shares]
     rows = [
         {
@@ -102,8 +112,11 @@ def main() -> None:
             "GFLOP/s": flops / ms / 1e6,
             "times cheaper": found[0] / ms,
             "by arithmetic": work[0] / flops,
+            "kernel, ms": few,
+            "kernel, GFLOP/s": flops / few / 1e6,
+            "kernel, times cheaper": found[0] / few,
         }
-        for share, flops, ms in zip(shares, work, found, strict=True)
+        for share, flops, ms, few in zip(shares, work, found, kernel, strict=True)
     ]
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
 

@@ -14,6 +14,7 @@ from torch._inductor.codegen import cpp
 from capture.harness import capturing, plain
 from moeca_compile.capture.activity import compiling_for_moeca, is_marked_backend
 from moeca_compile.torch_compat import (
+    c_library,
     compile_call,
     compiling_with,
     on_call_end,
@@ -156,3 +157,8 @@ def test_indices_are_remembered_inside_only() -> None:
     assert cpp.stride_at_vec_range is before[1]
     with remembered_indices():  # what was found is still known
         assert [getattr(sizevars, name) for name in names] == wide
+
+
+def test_c_source_becomes_a_library() -> None:
+    source = 'extern "C" int twice(int number) { return 2 * number; }'
+    assert c_library(source).twice(21) == 42

@@ -17,11 +17,15 @@ from tabulate import tabulate
 
 import moeca_compile
 
+from ..lowering import few_rows
 from .common import emit, json_flag
 
 PACKAGES = ("torch", "sympy", "tabulate", "click", "tqdm", "jinja2", "matplotlib", "diffusers")
 TOOLS = ("c++", "g++", "clang++", "dot")
-VARIABLES = ("MOECA_DUMP_DIR", "TORCH_LOGS", "TORCH_TRACE", "OMP_NUM_THREADS", "CXX")
+VARIABLES = (
+    *("MOECA_DUMP_DIR", "MOECA_KERNEL", "TORCH_LOGS", "TORCH_TRACE"),
+    *("OMP_NUM_THREADS", "CXX"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -33,12 +37,12 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "kernel for few rows": few_rows.suits(torch.empty(1)),
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "tools": {
-            name: shutil.which(name) is not None for name in ("c++", "g++", "clang++", "dot")
-        },
+        "tools": {name: shutil.which(name) is not None for name in TOOLS},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

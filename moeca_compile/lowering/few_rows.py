@@ -6,12 +6,14 @@ A library for large matrices copies every weight into the order its kernel likes
 multiplies, whatever the number of rows; with some tens of rows that is as much work as the product
 (docs/speed.md has the figures). few_rows.cpp takes sums along I, for which rows and weights lie
 right as they are, and asks for the next weights while it uses these. g++ compiles it at first use.
+MOECA_KERNEL=0 in the environment leaves all of it to torch, to look for what makes a difference.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -47,7 +49,7 @@ def suits(rows: Tensor) -> bool:
 def pays(rows: Tensor, weight: Tensor) -> bool:
     """Whether a linear of `rows [..., I]` and `weight [O, I]` is worth an op of its own, which
     costs some ten calls of Python. Sizes may be symbols."""
-    if not suits(rows) or isinstance(weight.numel(), SymInt) or weight.stride(1) != 1:
+    if not suits(rows) or rows.dim() < 2 or weight.stride(1) != 1:
         return False
     count = prod(rows.shape[:-1])
     if isinstance(count, SymInt):
@@ -58,6 +60,8 @@ def pays(rows: Tensor, weight: Tensor) -> bool:
 @cache
 def _measured_here() -> bool:
     """Where it is known to be faster: x86 with AVX2 and nothing wider, under Linux."""
+    if os.environ.get("MOECA_KERNEL") == "0":
+        return False
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 

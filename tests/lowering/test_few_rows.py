@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_sizes_that_do_not_fit_are_an_error() -> None:
     assert torch.equal(empty, torch.zeros(4, 8))
 
 
+@pytest.mark.parametrize(
+    ("variable", "capability", "expected"),
+    [(None, "AVX2", True), ("0", "AVX2", False), (None, "AVX512", False), (None, "DEFAULT", False)],
+)
+def test_where_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, capability: str, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(sys, "platform", "linux")
+    if variable:
+        monkeypatch.setenv("MOECA_KERNEL", variable)
+    assert few_rows._measured_here.__wrapped__() == expected
+
+
 BOUNDS = few_rows.FEW, few_rows.WEIGHTS
 PAYS: dict[str, tuple[Tensor, Tensor, bool]] = {
     "few rows, large weights": (values(8, 256), values(2048, 256), True),
@@ -120,6 +135,7 @@ PAYS: dict[str, tuple[Tensor, Tensor, bool]] = {
     "many rows": (values(BOUNDS[0] + 1, 256), values(2048, 256), False),
     "another dtype": (values(8, 256).double(), values(2048, 256).double(), False),
     "turned weights": (values(8, 256), values(256, 2048).t(), False),
+    "no rows, a vector": (values(2048), values(2048, 2048), False),
 }
 
 

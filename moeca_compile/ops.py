@@ -59,7 +59,7 @@ HOST_READ = (torch.Tag.cudagraph_unsafe,)  # lowering/variants.py makes no CUDA 
 _library = torch.library.Library("moeca", "FRAGMENT")
 
 
-def _in_every_layer(function: Callable[..., Tensor], tags: Sequence[torch.Tag] = ()) -> None:
+def _define(function: Callable[..., Tensor], tags: Sequence[torch.Tag] = ()) -> None:
     """Define `moeca::<name>` as `torch.library.custom_op` does for a function that changes nothing,
     without what that does around every call: 40 microseconds, for ops that a step calls often."""
     name = function.__name__
@@ -97,7 +97,7 @@ def grouped_linear(
     return out
 
 
-_in_every_layer(grouped_linear, HOST_READ)
+_define(grouped_linear, HOST_READ)
 
 
 @torch.library.register_fake("moeca::grouped_linear")
@@ -114,7 +114,7 @@ def few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return torch.nn.functional.linear(rows, weight, bias) if out is None else out
 
 
-_in_every_layer(few_rows_linear)
+_define(few_rows_linear)
 
 
 @torch.library.register_fake("moeca::few_rows_linear")
@@ -145,7 +145,7 @@ def grouped_experts(
     return run_grouped(program, rows, index, ends.tolist(), banks, width)
 
 
-_in_every_layer(grouped_experts, HOST_READ)
+_define(grouped_experts, HOST_READ)
 
 
 @torch.library.register_fake("moeca::grouped_experts")

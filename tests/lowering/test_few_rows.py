@@ -127,12 +127,11 @@ def test_where_it_is_used(
     assert few_rows._measured_here.__wrapped__() == expected
 
 
-BOUNDS = few_rows.FEW, few_rows.WEIGHTS
 PAYS: dict[str, tuple[Tensor, Tensor, bool]] = {
     "few rows, large weights": (values(8, 256), values(2048, 256), True),
     "little to multiply": (values(8, 256), values(2047, 256), False),
     "few in many dims": (values(2, 16, 8, 128), values(128, 128), True),
-    "many rows": (values(BOUNDS[0] + 1, 256), values(2048, 256), False),
+    "many rows": (values(few_rows.FEW + 1, 256), values(2048, 256), False),
     "another dtype": (values(8, 256).double(), values(2048, 256).double(), False),
     "turned weights": (values(8, 256), values(256, 2048).t(), False),
     "no rows, a vector": (values(2048), values(2048, 2048), False),

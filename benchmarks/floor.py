@@ -1,6 +1,6 @@
 """What the matrix products of a layer cost alone on this machine: no reuse step can be cheaper.
 
-    python benchmarks/floor.py [--shares 0.05 0.1 0.2 0.3] [--threads 1]
+    python benchmarks/floor.py [--shares 0.05 0.1 0.2 0.3] [--threads 1] [--dtype bfloat16]
     ->  table: ms a layer of the products and of SDPA for a share of branches and tokens, times
         cheaper than all of them, and what arithmetic alone would give
 
@@ -37,19 +37,20 @@ class Products:
 
     def __init__(self, model: Any, batch: int, share: float) -> None:
         block = model.blocks[0]
+        dtype = block.attn.qkv.weight.dtype
         self.dim, self.heads, self.batch = block.attn.proj.in_features, block.attn.heads, batch
         self.rows = max(1, round(share * batch * TOKENS))
         experts = len(block.moe.experts)
         self.branches = max(1, round(share * batch * TOKENS * block.moe.k / experts))  # each
         generator = torch.Generator().manual_seed(0)
         self.inputs = {
-            (rows, width): torch.randn(rows, width, generator=generator)
+            (rows, width): torch.randn(rows, width, generator=generator).to(dtype)
             for rows in (self.rows, self.branches)
             for width in (self.dim, block.moe.shared.down.in_features)
         }
         head = self.dim // self.heads
-        self.query = torch.randn(batch, self.heads, max(1, self.rows // batch), head)
-        self.key = torch.randn(batch, self.heads, TOKENS, head)
+        self.query = torch.randn(batch, self.heads, max(1, self.rows // batch), head).to(dtype)
+        self.key = torch.randn(batch, self.heads, TOKENS, head).to(dtype)
 
     def linears(self, block: Any) -> list[tuple[int, Tensor]]:
         """(rows, weight) of every product."""
@@ -96,11 +97,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--shares", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.3])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, help="default: what torch takes")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    model = speed_model(LAYERS, torch.float32)
+    model = speed_model(LAYERS, getattr(torch, arguments.dtype))
     shares = [1.0, *arguments.shares]
     found, kernel = measure(model, arguments.batch, shares, arguments.rounds)
     work = [Products(model, arguments.batch, s).flops(model.blocks[0]) for s in shares]

@@ -1,4 +1,4 @@
-"""Products of few rows on a CPU, float32: weights are read where they lie, once, nothing packed.
+"""Products of few rows on a CPU: weights are read where they lie, once, nothing packed.
 
     rows [R, I] sorted by group   weights: each [O, I], its rows contiguous   ->  out [R, O]
 
@@ -6,6 +6,7 @@ A library for large matrices copies every weight into the order its kernel likes
 multiplies, whatever the number of rows; with some tens of rows that is as much work as the product
 (docs/speed.md has the figures). few_rows.cpp takes sums along I, for which rows and weights lie
 right as they are, and asks for the next weights while it uses these. g++ compiles it at first use.
+float32 with AVX2 or AVX-512, bfloat16 with AVX512_BF16, each where it was measured to be faster.
 MOECA_KERNEL=0 in the environment leaves all of it to torch, to look for what makes a difference.
 """
 
@@ -28,10 +29,17 @@ from ..torch_compat import c_library
 
 log = logging.getLogger(__name__)
 
-MANY = 512  # rows a group, from which on torch's products are as fast (measured on AVX2)
+# Rows a group, from which on torch's products are as fast. With AVX-512, float32 was still ahead:
+# MKL has no such code for AMD's processors, and others were not measured.
+MANY = {
+    "AVX2": {torch.float32: 512},
+    "AVX512": {torch.float32: 512, torch.bfloat16: 96},
+}
 FEW = 256  # rows of a linear, where their number is known: clearly faster up to there
 WORK = 2**22  # multiplications of such a linear
 WEIGHTS = 2**16  # weights of a linear of selected rows
+SELECTED = 256  # rows that may well have been selected: the kernel has to be for as many
+CPUINFO = Path("/proc/cpuinfo")
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 SIGNATURE = (
     *(POINTER, NUMBER),  # rows, elements from one to the next
@@ -43,7 +51,7 @@ SIGNATURE = (
 
 def suits(rows: Tensor) -> bool:
     """Whether the kernel is for values like these, as far as device and dtype tell."""
-    return rows.is_cpu and rows.dtype == torch.float32 and _measured_here()
+    return rows.is_cpu and rows.dtype in _many()
 
 
 def pays(rows: Tensor, weight: Tensor) -> bool:
@@ -51,18 +59,32 @@ def pays(rows: Tensor, weight: Tensor) -> bool:
     costs some ten calls of Python. Sizes may be symbols."""
     if not suits(rows) or rows.dim() < 2 or weight.stride(1) != 1:
         return False
-    count = prod(rows.shape[:-1])
+    count, many = prod(rows.shape[:-1]), _many()[rows.dtype]
     if isinstance(count, SymInt):
-        return weight.numel() >= WEIGHTS
-    return count <= FEW and count * weight.numel() >= WORK
+        return many >= SELECTED and weight.numel() >= WEIGHTS
+    return count <= min(FEW, many) and count * weight.numel() >= WORK
 
 
 @cache
-def _measured_here() -> bool:
-    """Where it is known to be faster: x86 with AVX2 and nothing wider, under Linux."""
-    if os.environ.get("MOECA_KERNEL") == "0":
-        return False
-    return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+def _many() -> dict[torch.dtype, int]:
+    """`MANY` of this machine: of x86 under Linux, no dtype elsewhere."""
+    if os.environ.get("MOECA_KERNEL") == "0" or sys.platform != "linux":
+        return {}
+    capability = torch.backends.cpu.get_cpu_capability()
+    vendor, flags = _processor() if capability == "AVX512" else ("", set())
+    if capability == "AVX512" and vendor != "AuthenticAMD":
+        return {}
+    without = {torch.bfloat16} if "avx512_bf16" not in flags else set()
+    return {t: rows for t, rows in MANY.get(capability, {}).items() if t not in without}
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Vendor and features of the first processor, as Linux names them; nothing if it does not."""
+    if not CPUINFO.exists():
+        return "", set()
+    lines = CPUINFO.read_text().split("\n\n")[0].splitlines()
+    values = {key.strip(): value.strip() for key, _, value in (li.partition(":") for li in lines)}
+    return values.get("vendor_id", ""), set(values.get("flags", "").split())
 
 
 def products(
@@ -71,7 +93,7 @@ def products(
     """Write `rows[r] @ W_g.T + b_g` to `out[r]` for the rows of every group g; False: did nothing.
 
     rows: [R, I], those of group g end at `ends[g]`; weights: each [O, I]; biases: none, or each
-    [O]; out: [R, O], contiguous. Not for many rows a group, other dtypes, other strides.
+    [O]; out: [R, O], contiguous; all of one dtype. Not for many rows a group, other strides.
     """
     if ends.dtype != torch.int64 or not ends.is_contiguous():
         return False
@@ -94,10 +116,12 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def _run(
     rows: Tensor, ends: Any, weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor
 ) -> bool:
-    first, few = weights[0], rows.shape[0] <= MANY * len(weights)
-    if not few or not suits(rows) or not _lie_right(rows, weights, biases):
+    first = weights[0]
+    if not suits(rows) or rows.shape[0] > _many()[rows.dtype] * len(weights):
         return False
-    kernel = _kernel()
+    if not _lie_right(rows, weights, biases):
+        return False
+    kernel = _kernel(rows.dtype)
     if kernel is None:
         return False
     kernel(
@@ -117,7 +141,7 @@ def _lie_right(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
         return False
     if any(b.shape != shape[:1] or b.stride(0) != 1 for b in biases):
         return False
-    return all(t.is_cpu and t.dtype == torch.float32 for t in (*weights, *biases))
+    return all(t.is_cpu and t.dtype == rows.dtype for t in (*weights, *biases))
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:
@@ -125,14 +149,24 @@ def _addresses(tensors: Sequence[Tensor]) -> Any:
 
 
 @cache
-def _kernel() -> Callable[..., None] | None:
-    """The compiled kernel; None, and one line in the log, where there is no compiler."""
+def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The compiled kernel for values of `dtype`; None where there is no compiler."""
+    library = _library()
+    if library is None:
+        return None
+    function = getattr(library, f"few_rows_{str(dtype).removeprefix('torch.')}")
+    function.argtypes, function.restype = SIGNATURE, None
+    return function  # type: ignore[no-any-return]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels for this processor; None, and one line in the log, if they do not compile."""
+    wanted = [torch.backends.cpu.get_cpu_capability(), *map(str, _many())]
+    defines = [f"#define MOECA_{name.removeprefix('torch.').upper()}" for name in wanted]
     try:
-        library = c_library(Path(__file__).with_suffix(".cpp").read_text())
+        return c_library("\n".join([*defines, Path(__file__).with_suffix(".cpp").read_text()]))
     except Exception as error:  # whatever a compiler, or a folder, may be missing
         reason = str(error).strip().splitlines()[0]
         log.warning("products of few rows run by torch, slower: no kernel, %s", reason)
         return None
-    function = library.few_rows
-    function.argtypes, function.restype = SIGNATURE, None
-    return function

@@ -13,8 +13,8 @@ computes only the routed rows.
 
 Cache form: `cache_read`, `cache_write`, `cache_fill`, `expert_thresholds` and `guard_branches` are
 what `insert_cache` puts around regions; lowering replaces them by ops that Inductor fuses.
-`grouped_linear`, `grouped_experts` and `few_rows_linear` stay ops: how many rows there are is known
-only at run time.
+`grouped_linear`, `grouped_experts`, `few_rows_linear` and `few_queries_attention` stay ops: how
+many rows there are is known only at run time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import few_rows, guards
+from .lowering import few_queries, few_rows, guards
 from .lowering.expert_programs import run_grouped
 
 
@@ -120,6 +120,28 @@ _define(few_rows_linear)
 @torch.library.register_fake("moeca::few_rows_linear")
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
+def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """`scaled_dot_product_attention` of queries whose number is known at run time only.
+
+    q: [B, H, L, D]; k: [B, H, S, D]; v: [B, H, S, W]; scale: None for 1 / sqrt(D). Returns
+    [B, H, L, W], in memory [B, L, H, W].
+    """
+    out = few_queries.attention(q, k, v, scale)
+    if out is None:
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        out = found.transpose(1, 2).contiguous().transpose(1, 2)
+    return out
+
+
+_define(few_queries_attention)
+
+
+@torch.library.register_fake("moeca::few_queries_attention")
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
 
 
 def grouped_experts(

@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 import moeca_compile
 
-from ..lowering import few_rows
+from ..lowering import native
 from .common import emit, json_flag
 
 PACKAGES = ("torch", "sympy", "tabulate", "click", "tqdm", "jinja2", "matplotlib", "diffusers")
@@ -38,13 +38,18 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "kernel for few rows": few_rows.suits(torch.empty(1)),
+        "kernels of our own": _kernels(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "tools": {name: shutil.which(name) is not None for name in TOOLS},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def _kernels() -> str | None:
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in native.dtypes())
+    return f"{native.capability()}: {', '.join(dtypes)}" if dtypes else None
 
 
 def _version(name: str) -> str | None:

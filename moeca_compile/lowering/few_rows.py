@@ -5,41 +5,34 @@
 A library for large matrices copies every weight into the order its kernel likes before it
 multiplies, whatever the number of rows; with some tens of rows that is as much work as the product
 (docs/speed.md has the figures). few_rows.cpp takes sums along I, for which rows and weights lie
-right as they are, and asks for the next weights while it uses these. g++ compiles it at first use.
-float32 with AVX2 or AVX-512, bfloat16 with AVX512_BF16, each where it was measured to be faster.
-MOECA_KERNEL=0 in the environment leaves all of it to torch, to look for what makes a difference.
+right as they are, and asks for the next weights while it uses these. native.py says where.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor
 
-from ..torch_compat import c_library
+from . import native
 
-log = logging.getLogger(__name__)
-
-# Rows a group, from which on torch's products are as fast. With AVX-512, float32 was still ahead:
-# MKL has no such code for AMD's processors, and others were not measured.
+# Rows a group, from which on torch's products are as fast. With AVX-512 float32 is still ahead, 0.5
+# to 0.9 of the time: MKL has no such code for AMD's processors.
 MANY = {
-    "AVX2": {torch.float32: 512},
-    "AVX512": {torch.float32: 512, torch.bfloat16: 96},
+    ("AVX2", torch.float32): 512,
+    ("AVX512", torch.float32): 2048,
+    ("AVX512", torch.bfloat16): 256,
 }
 FEW = 256  # rows of a linear, where their number is known: clearly faster up to there
 WORK = 2**22  # multiplications of such a linear
 WEIGHTS = 2**16  # weights of a linear of selected rows
-SELECTED = 256  # rows that may well have been selected: the kernel has to be for as many
-CPUINFO = Path("/proc/cpuinfo")
+NARROW = 16  # outputs, as of a router: up to there any number of rows is faster, in float32
+SELECTED = 512  # rows that may well have been selected: the kernel has to be for as many
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 SIGNATURE = (
     *(POINTER, NUMBER),  # rows, elements from one to the next
@@ -51,40 +44,27 @@ SIGNATURE = (
 
 def suits(rows: Tensor) -> bool:
     """Whether the kernel is for values like these, as far as device and dtype tell."""
-    return rows.is_cpu and rows.dtype in _many()
+    return rows.is_cpu and rows.dtype in native.dtypes()
 
 
-def pays(rows: Tensor, weight: Tensor) -> bool:
+def pays(rows: Tensor, weight: Tensor, *_: Tensor | None) -> bool:
     """Whether a linear of `rows [..., I]` and `weight [O, I]` is worth an op of its own, which
     costs some ten calls of Python. Sizes may be symbols."""
     if not suits(rows) or rows.dim() < 2 or weight.stride(1) != 1:
         return False
-    count, many = prod(rows.shape[:-1]), _many()[rows.dtype]
+    count, many = prod(rows.shape[:-1]), _many(rows)
     if isinstance(count, SymInt):
         return many >= SELECTED and weight.numel() >= WEIGHTS
-    return count <= min(FEW, many) and count * weight.numel() >= WORK
+    fits = count <= min(FEW, many) or _is_narrow(weight)
+    return fits and count * weight.numel() >= WORK
 
 
-@cache
-def _many() -> dict[torch.dtype, int]:
-    """`MANY` of this machine: of x86 under Linux, no dtype elsewhere."""
-    if os.environ.get("MOECA_KERNEL") == "0" or sys.platform != "linux":
-        return {}
-    capability = torch.backends.cpu.get_cpu_capability()
-    vendor, flags = _processor() if capability == "AVX512" else ("", set())
-    if capability == "AVX512" and vendor != "AuthenticAMD":
-        return {}
-    without = {torch.bfloat16} if "avx512_bf16" not in flags else set()
-    return {t: rows for t, rows in MANY.get(capability, {}).items() if t not in without}
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.shape[0] <= NARROW and weight.dtype == torch.float32
 
 
-def _processor() -> tuple[str, set[str]]:
-    """Vendor and features of the first processor, as Linux names them; nothing if it does not."""
-    if not CPUINFO.exists():
-        return "", set()
-    lines = CPUINFO.read_text().split("\n\n")[0].splitlines()
-    values = {key.strip(): value.strip() for key, _, value in (li.partition(":") for li in lines)}
-    return values.get("vendor_id", ""), set(values.get("flags", "").split())
+def _many(rows: Tensor) -> int:
+    return MANY[native.capability(), rows.dtype]
 
 
 def products(
@@ -117,7 +97,9 @@ def _run(
     rows: Tensor, ends: Any, weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor
 ) -> bool:
     first = weights[0]
-    if not suits(rows) or rows.shape[0] > _many()[rows.dtype] * len(weights):
+    if not suits(rows):
+        return False
+    if rows.shape[0] > _many(rows) * len(weights) and not _is_narrow(first):
         return False
     if not _lie_right(rows, weights, biases):
         return False
@@ -150,23 +132,4 @@ def _addresses(tensors: Sequence[Tensor]) -> Any:
 
 @cache
 def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The compiled kernel for values of `dtype`; None where there is no compiler."""
-    library = _library()
-    if library is None:
-        return None
-    function = getattr(library, f"few_rows_{str(dtype).removeprefix('torch.')}")
-    function.argtypes, function.restype = SIGNATURE, None
-    return function  # type: ignore[no-any-return]
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The kernels for this processor; None, and one line in the log, if they do not compile."""
-    wanted = [torch.backends.cpu.get_cpu_capability(), *map(str, _many())]
-    defines = [f"#define MOECA_{name.removeprefix('torch.').upper()}" for name in wanted]
-    try:
-        return c_library("\n".join([*defines, Path(__file__).with_suffix(".cpp").read_text()]))
-    except Exception as error:  # whatever a compiler, or a folder, may be missing
-        reason = str(error).strip().splitlines()[0]
-        log.warning("products of few rows run by torch, slower: no kernel, %s", reason)
-        return None
+    return native.kernel("few_rows", dtype, SIGNATURE)

@@ -6,6 +6,7 @@ moeca.cache_fill(c, rows)       ->  c.copy_(rows)
 moeca.guard_branches(...)       ->  lowering.guards.guard_branches inlined, its results stored
 moeca.grouped_linear(...)       ->  a grouped product on CUDA (lowering/grouped.py), else itself
 aten.linear(few rows, w, b)     ->  moeca.few_rows_linear on a CPU (lowering/few_rows.py)
+aten.scaled_dot_product_attention(few queries, k, v) -> moeca.few_queries_attention, likewise
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..graph.counterparts import looks
 from ..graph.functional import mutates
 from ..graph.region import ORIGIN
 from ..torch_compat import graph_module, without_code
-from . import few_rows, grouped, guards
+from . import few_queries, few_rows, grouped, guards
 
 aten = torch.ops.aten
 moeca = torch.ops.moeca
@@ -126,15 +127,28 @@ def share_counts(gm: GraphModule, counts: Node, rows: Sequence[int]) -> None:
 
 
 def _has_few_rows(node: Node) -> bool:
-    """Whether the node is a linear of few rows, or of selected ones: how many is known later."""
-    if node.target is not aten.linear.default:
+    """Whether the node computes few rows, or selected ones: how many is known later."""
+    if node.target not in OF_FEW_ROWS:
         return False
-    rows, weight = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
-    return few_rows.pays(rows, weight)
+    pays, _ = OF_FEW_ROWS[node.target]
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
+    return pays(*args, **kwargs)
 
 
 def _few_rows_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return moeca.few_rows_linear(rows, weight, bias)
+
+
+def _few_queries_attention(
+    q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any
+) -> Tensor:
+    return moeca.few_queries_attention(q, k, v, scale)
+
+
+OF_FEW_ROWS: dict[Any, tuple[Callable[..., bool], Callable[..., Tensor]]] = {
+    aten.linear.default: (few_rows.pays, _few_rows_linear),
+    aten.scaled_dot_product_attention.default: (few_queries.pays, _few_queries_attention),
+}
 
 
 def _changes_nothing(node: Node) -> bool:
@@ -177,7 +191,7 @@ def _trace_node(node: Node, fake_mode: Any) -> Graph:
     def run(*given: Any) -> Any:
         values = dict(zip(inputs, given, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-        lowering = LOWERINGS.get(node.target, _few_rows_linear)
+        lowering = LOWERINGS.get(node.target) or OF_FEW_ROWS[node.target][1]
         return lowering(*args, **kwargs)
 
     with torch.no_grad(), fake_mode:

@@ -17,14 +17,15 @@ from ..graph.evaluate import Evaluator
 from ..graph.expert_program import expert_program
 from ..graph.experts import ExpertRows, SortedRows, per_expert
 from ..graph.region import MoERegion
-from ..lowering import few_rows
+from ..lowering import few_rows, native
 
 # What all experts make of their rows: below, it stays near the processor anyway, and Inductor's
 # fused kernels beat one call after another (docs/speed.md has the figures).
 STAYS_IN_CACHE = 12 * 2**20  # bytes
-# With the kernel for few rows, products of all experts are faster up to so many times that, where
-# the C library begins to map and clear such a value anew in every step.
-WITH_KERNEL = 2
+# With the kernel for few rows, products of all experts are faster up to so many times that. With
+# AVX2 it ends where the C library begins to map and clear such a value anew in every step; with
+# AVX-512 the kernel gains more than that costs.
+WITH_KERNEL: dict[str | None, int] = {"AVX2": 2, "AVX512": 4}
 
 
 def run_experts(
@@ -44,7 +45,8 @@ def run_experts(
     body = cast(GraphModule, getattr(evaluator.gm, str(body.target)))  # type: ignore[union-attr]
     values = cast(Sequence[Any], torch.fx.map_arg(params, evaluator.value))
     banks = [per_expert(p) for p in values]
-    near = STAYS_IN_CACHE * (WITH_KERNEL if few_rows.suits(rows[0]) else 1)
+    kernel = native.capability() if few_rows.suits(rows[0]) else None
+    near = STAYS_IN_CACHE * WITH_KERNEL.get(kernel, 1)
     by_expert = rows[0].device.type == "cpu" and expected * _bytes_a_row(body) > near
     program = expert_program(body, len(rows)) if by_expert else None
     if program is None:

@@ -57,7 +57,7 @@ def test_one_after_another_where_the_hidden_rows_are_too_many(
     reuse: Any,
 ) -> None:
     monkeypatch.setattr(run_experts, "STAYS_IN_CACHE", rows * HIDDEN * 4)
-    monkeypatch.setattr(run_experts, "WITH_KERNEL", 1)
+    monkeypatch.setattr(run_experts, "WITH_KERNEL", {})
     found = variants("I1", budget=budget)
     assert forms(found, "plain") == forms(found, "refresh") == {refresh}
     assert forms(found, "reuse") == {reuse}

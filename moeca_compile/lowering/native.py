@@ -1,0 +1,86 @@
+"""Kernels of our own for a CPU, in C++ beside this file: where they are used, how they are built.
+
+    vectors.cpp + few_rows.cpp + few_queries.cpp   one library, g++ compiles it at first use
+
+float32 with AVX2 or AVX-512, bfloat16 with AVX512_BF16, each where it was measured to be faster
+than torch (docs/speed.md has the figures); nothing elsewhere. MOECA_KERNEL=0 in the environment
+leaves all of it to torch, to look for what makes a difference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..torch_compat import c_library
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("vectors.cpp", "few_rows.cpp", "few_queries.cpp")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@cache
+def capability() -> str:
+    """What the kernels are compiled for: AVX2, AVX512, or nothing where none is used.
+
+    With AVX-512 on AMD's processors only: MKL keeps to AVX2 there, others were not measured.
+    """
+    if os.environ.get("MOECA_KERNEL") == "0" or sys.platform != "linux":
+        return ""
+    name = torch.backends.cpu.get_cpu_capability()
+    if name == "AVX512":
+        return name if _processor()[0] == "AuthenticAMD" else ""
+    return name if name == "AVX2" else ""
+
+
+@cache
+def dtypes() -> frozenset[torch.dtype]:
+    """Of the values the kernels are for, on this machine."""
+    if capability() == "AVX512" and "avx512_bf16" in _processor()[1]:
+        return frozenset({torch.float32, torch.bfloat16})
+    return frozenset({torch.float32} if capability() else ())
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Vendor and features of the first processor, as Linux names them; nothing if it does not."""
+    if not CPUINFO.exists():
+        return "", set()
+    lines = CPUINFO.read_text().split("\n\n")[0].splitlines()
+    values = {key.strip(): value.strip() for key, _, value in (li.partition(":") for li in lines)}
+    return values.get("vendor_id", ""), set(values.get("flags", "").split())
+
+
+def kernel(name: str, dtype: torch.dtype, signature: Sequence[Any]) -> Callable[..., None] | None:
+    """The compiled function `<name>_<dtype>`, which takes `signature`; None without a compiler."""
+    library = _library()
+    if library is None:
+        return None
+    function = getattr(library, f"{name}_{_short(dtype)}")
+    function.argtypes, function.restype = signature, None
+    return function  # type: ignore[no-any-return]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels for this processor; None, and one line in the log, if they do not compile."""
+    defines = [f"#define MOECA_{name.upper()}" for name in (capability(), *map(_short, dtypes()))]
+    texts = [Path(__file__).with_name(name).read_text() for name in SOURCES]
+    try:
+        return c_library("\n".join([*sorted(defines), *texts]))
+    except Exception as error:  # whatever a compiler, or a folder, may be missing
+        reason = str(error).strip().splitlines()[0]
+        log.warning("few rows are computed by torch, slower: no kernels, %s", reason)
+        return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,177 @@
+// What the kernels compute with: a vector of floats, and elements that are read into one.
+// native.py puts the files together and defines MOECA_AVX512 and MOECA_BFLOAT16 where the processor
+// has what they ask for.
+#include <immintrin.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t COLUMNS = 4;  // outputs a tile: their sums leave it as one vector of four
+// Loops over the sums of a tile: what is not written out ends up in memory.
+#define UNROLL _Pragma("GCC unroll 16")
+
+// What the loads put into a register stays there. Compilers read it again for every use instead,
+// or move loads ahead until registers run out: up to twice the time, as they think of the processor.
+template <typename V>
+[[gnu::always_inline]] inline V keep(V v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
+#ifdef MOECA_AVX512
+
+using Sum = __m512;                   // what one output has been so far, in parts
+constexpr int64_t NEAR = 16 << 10;    // bytes of weights that stay in the first cache
+constexpr int64_t BLOCK = 256 << 10;  // bytes of rows that stay in the second one
+
+constexpr int64_t FLOATS = 16;        // of such a vector
+
+Sum zero() { return _mm512_setzero_ps(); }
+
+Sum all_of(float v) { return _mm512_set1_ps(v); }
+
+Sum times(Sum a, Sum b) { return _mm512_mul_ps(a, b); }
+
+Sum plus_product(Sum s, Sum a, Sum b) { return _mm512_fmadd_ps(a, b, s); }
+
+float total(Sum s) { return _mm512_reduce_add_ps(s); }
+
+struct Float {
+  using Element = float;
+  static constexpr int64_t LANES = 16;  // elements a vector
+  static constexpr int ROWS = 4;        // rows a tile
+  static Sum load(const float* p) { return _mm512_loadu_ps(p); }
+  static Sum load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+  static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
+  // Floats of elements, and back; all or the first `count`.
+  static Sum floats(const float* p) { return load(p); }
+  static Sum floats(const float* p, int64_t count) { return load(p, count); }
+  static void store(float* p, Sum v) { _mm512_storeu_ps(p, v); }
+  static void store(float* p, Sum v, int64_t count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, v); }
+  static float widened(float v) { return v; }
+  static __m128 widened(const float* p) { return _mm_loadu_ps(p); }
+  static void store(float* p, __m128 v) { _mm_storeu_ps(p, v); }
+  static void store(float* p, float v) { *p = v; }
+};
+
+#ifdef MOECA_BFLOAT16
+struct Bfloat16 {
+  using Element = uint16_t;
+  static constexpr int64_t LANES = 32;
+  static constexpr int ROWS = 4;
+  static __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static __m512bh load(const uint16_t* p, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
+  }
+  static Sum add(Sum s, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(s, a, b); }
+  static Sum floats(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+  static Sum floats(const uint16_t* p) { return floats(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Sum floats(const uint16_t* p, int64_t count) { return floats(_mm256_maskz_loadu_epi16((1u << count) - 1, p)); }
+  static void store(uint16_t* p, Sum v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  }
+  static void store(uint16_t* p, Sum v, int64_t count) {
+    _mm256_mask_storeu_epi16(p, (1u << count) - 1, (__m256i)_mm512_cvtneps_pbh(v));
+  }
+  static void store(float* p, __m128 v) { _mm_storeu_ps(p, v); }
+  static void store(float* p, float v) { *p = v; }
+  static float widened(uint16_t v) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(v << 16))); }
+  static __m128 widened(const uint16_t* p) {
+    const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
+  }
+  static void store(uint16_t* p, __m128 v) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), (__m128i)_mm_cvtneps_pbh(v));
+  }
+  static void store(uint16_t* p, float v) {
+    *p = static_cast<uint16_t>(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(v))));
+  }
+};
+#endif
+
+// Four sums, added up within each quarter of the vector.
+Sum within(const Sum (&s)[COLUMNS]) {
+  const Sum ab = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
+  const Sum cd = _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+
+Sum by_two(Sum a, Sum b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// Every row's four outputs; the additions are the same for any number of rows.
+template <int R>
+void totals(const Sum (&sum)[R][COLUMNS], __m128 (&row)[R]) {
+  static_assert(R <= 4);
+  Sum part[4];
+  UNROLL
+  for (int i = 0; i < 4; i++) part[i] = i < R ? within(sum[i < R ? i : 0]) : zero();
+  const Sum all = by_two(by_two(part[0], part[1]), by_two(part[2], part[3]));
+  const __m128 rows[4] = {_mm512_castps512_ps128(all), _mm512_extractf32x4_ps(all, 1),
+                          _mm512_extractf32x4_ps(all, 2), _mm512_extractf32x4_ps(all, 3)};
+  UNROLL
+  for (int i = 0; i < R; i++) row[i] = rows[i];
+}
+
+#else
+
+using Sum = __m256;
+constexpr int64_t NEAR = 24 << 10;
+constexpr int64_t BLOCK = 96 << 10;
+
+constexpr int64_t FLOATS = 8;
+
+Sum zero() { return _mm256_setzero_ps(); }
+
+Sum all_of(float v) { return _mm256_set1_ps(v); }
+
+Sum times(Sum a, Sum b) { return _mm256_mul_ps(a, b); }
+
+Sum plus_product(Sum s, Sum a, Sum b) { return _mm256_fmadd_ps(a, b, s); }
+
+__m128 sums(Sum a, Sum b, Sum c, Sum d) {
+  const Sum s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+float total(Sum s) { return _mm_cvtss_f32(sums(s, zero(), zero(), zero())); }
+
+__m256i first(int64_t count) {
+  const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), number);
+}
+
+struct Float {
+  using Element = float;
+  static constexpr int64_t LANES = 8;
+  static constexpr int ROWS = 2;  // three need every register there is, and compilers need one
+  static Sum load(const float* p) { return _mm256_loadu_ps(p); }
+  static Sum load(const float* p, int64_t count) {
+    return _mm256_maskload_ps(p, first(count));
+  }
+  static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
+  static Sum floats(const float* p) { return load(p); }
+  static Sum floats(const float* p, int64_t count) { return load(p, count); }
+  static void store(float* p, Sum v) { _mm256_storeu_ps(p, v); }
+  static void store(float* p, Sum v, int64_t count) { _mm256_maskstore_ps(p, first(count), v); }
+  static float widened(float v) { return v; }
+  static __m128 widened(const float* p) { return _mm_loadu_ps(p); }
+  static void store(float* p, __m128 v) { _mm_storeu_ps(p, v); }
+  static void store(float* p, float v) { *p = v; }
+};
+
+template <int R>
+void totals(const Sum (&sum)[R][COLUMNS], __m128 (&row)[R]) {
+  UNROLL
+  for (int i = 0; i < R; i++) row[i] = sums(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+}
+
+#endif
+
+}  // namespace

@@ -21,6 +21,7 @@ file to read and `tests/capture/test_torch_compat.py` one file to run, however l
     trace_no_more(call)       -> bool         what is left of the call runs as it is
     Trace.current()           -> Trace        what make_fx is making, to be added to by hand
     is_compile_wrapper(f)     -> bool         f is another function, compiled
+    known_options(options)    -> dict         Inductor options that this torch has
     c_library(source)         -> CDLL         C++ compiled as Inductor compiles its kernels
 """
 
@@ -626,6 +627,13 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor options of a `torch.compile` mode; RuntimeError if unknown. Tested on torch 2.13."""
     return torch._inductor.list_mode_options(mode)
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the Inductor options that this torch has. Tested on torch 2.13."""
+    from torch._inductor import config  # Inductor takes a second to import
+
+    return {name: value for name, value in options.items() if name in config._config}
 
 
 def c_library(source: str) -> ctypes.CDLL:

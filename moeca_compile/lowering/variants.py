@@ -21,13 +21,16 @@ from ..passes.insert_cache import VariantInputs, variant_outputs
 from ..passes.reuse_inputs import allowed_counts, counted_sizes
 from ..pipeline import Analysis
 from ..runtime.inputs import is_weight
-from ..torch_compat import compiles_kernels, inductor, mark_static
+from ..torch_compat import compiles_kernels, inductor, known_options, mark_static
 from .lower import lower, share_counts, trace
 from .pieces import compile_in_pieces
 from .weight_stacks import WeightStacks
 
 # Moving reads of a cache behind the writes would make Inductor clone the cache: keep the order.
 KEEP_ORDER = {"reorder_for_locality": False}
+# The guard works on [T, K] and [T, K, K] values. Inductor's C++ takes sixteen elements at once with
+# all but K of them masked; one at a time is three to ten times as fast (docs/speed.md).
+SMALL_DIMS = {"cpp.enable_loop_tail_vec": False}
 HOST_READS = {torch.Tag.cudagraph_unsafe, torch.Tag.data_dependent_output}
 log = logging.getLogger(__name__)
 
@@ -140,6 +143,8 @@ class Variants:
 
     def _inductor_config(self, variant: str, graph: GraphModule) -> dict[str, Any]:
         config = {**KEEP_ORDER, **self._config} if variant == "reuse" else dict(self._config)
+        if variant != "plain":
+            config = {**known_options(SMALL_DIMS), **config}
         if config.get("triton.cudagraphs") and (reads := host_reads(graph)):
             log.info("%s: no CUDA graph, %s waits for the device", variant, reads[0].target)
             del config["triton.cudagraphs"]

@@ -633,7 +633,7 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those of the Inductor options that this torch has. Tested on torch 2.13."""
     from torch._inductor import config  # Inductor takes a second to import
 
-    return {name: value for name, value in options.items() if name in config._config}
+    return {name: value for name, value in options.items() if name in config._config}  # type: ignore[attr-defined]
 
 
 def c_library(source: str) -> ctypes.CDLL:

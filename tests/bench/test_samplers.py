@@ -109,6 +109,7 @@ def test_epsilon_subject_is_the_sampler_beside_its_model(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.delitem(sys.modules, "subjects", raising=False)  # tests/cli have one, too
     import subjects
     from fashion_epsilon import sampler
 
@@ -125,6 +126,7 @@ def test_velocity_subjects_are_the_samplers_beside_their_models(
     monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.delitem(sys.modules, "subjects", raising=False)  # tests/cli have one, too
     import subjects
     from fashion_ditmoe.sampler import sample
 

@@ -1,17 +1,61 @@
-// Attention of few queries to all keys, which lie in memory as they were made.
+// Attention of few queries to all keys, which lie in memory as they were made. With AVX-512.
+#ifdef MOECA_AVX512
 #include <ATen/cpu/vec/functional.h>
 
 namespace {
 
 using Lanes = at::vec::Vectorized<float>;  // what torch has for floats, and its exponential function
 constexpr int64_t SCORES = 256 << 10;  // bytes of scores that stay near
-constexpr int64_t QUERIES = 32;       // queries a thread takes at once
-constexpr int WIDE = 4;               // vectors of values a tile
+constexpr int64_t QUERIES = 32;        // queries a thread takes at once
+constexpr int WIDE = 4;                // vectors a tile
+constexpr int64_t PANEL = WIDE * FLOATS;  // keys whose states are turned around at once
 
 struct Sizes {
   int64_t batch, heads, queries, keys, width, value_width;
   int64_t q[3], k[3], v[3], out[3];  // elements from one sample, head, row to the next
 };
+
+// What is multiplied in two steps of attention; sums of many such products are what both are made of.
+// Scores: 32 bits of a query's and of a key's state, one float or two bfloat16.
+template <typename Type>
+struct ByState {
+  static Sum all_of(const float* p) { return ::all_of(*p); }
+  static Sum load(const float* p) { return Float::load(p); }
+  static Sum add(Sum s, Sum a, Sum b) {
+    if constexpr (sizeof(typename Type::Element) == 4) return plus_product(s, a, b);
+    else return Type::add(s, (decltype(Type::load(nullptr)))a, (decltype(Type::load(nullptr)))b);
+  }
+};
+
+// Outputs: a weight, and elements of a value.
+template <typename Type>
+struct ByWeight {
+  static Sum all_of(const float* p) { return ::all_of(*p); }
+  template <typename... Where>
+  static Sum load(const typename Type::Element* p, Where... where) { return Type::floats(p, where...); }
+  static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
+};
+
+// sum[i][j] of a[i][n] * b[n][j] over n, for R rows and C vectors; `where`: how much of a last vector.
+template <typename By, int R, int C, typename Element, typename... Where>
+[[gnu::always_inline]] inline void multiply(
+    Sum (&sum)[R][C], int64_t count, const float* a, int64_t a_stride, const Element* b, int64_t b_stride, Where... where) {
+  UNROLL
+  for (int i = 0; i < R; i++)
+    UNROLL
+    for (int j = 0; j < C; j++) sum[i][j] = zero();
+  for (int64_t n = 0; n < count; n++, b += b_stride) {
+    Sum right[C];
+    UNROLL
+    for (int j = 0; j < C; j++) right[j] = keep(By::load(b + j * FLOATS, where...));
+    UNROLL
+    for (int i = 0; i < R; i++) {
+      const Sum left = keep(By::all_of(a + i * a_stride + n));
+      UNROLL
+      for (int j = 0; j < C; j++) sum[i][j] = By::add(sum[i][j], left, right[j]);
+    }
+  }
+}
 
 template <typename Type>
 struct Attention {
@@ -21,13 +65,15 @@ struct Attention {
   const Sizes& sizes;
   float scale;
   float* scores;  // [queries, padded]
-  int64_t padded;
+  float* turned;  // [units, PANEL]
+  int64_t padded, units;
+  static constexpr int64_t PER_UNIT = sizeof(float) / sizeof(Element);  // elements in 32 bits
 
   // Scores of one query become weights, not yet divided by their sum; one over the sum.
   float weigh(float* row) const {
     const Lanes none(-std::numeric_limits<float>::infinity());
     Lanes most = none, sum(0.0f);
-    for (int64_t i = 0; i < padded; i += Lanes::size()) {
+    for (int64_t i = 0; i < sizes.keys; i += Lanes::size()) {
       const int64_t keys = std::min<int64_t>(Lanes::size(), sizes.keys - i);
       const Lanes scaled = Lanes::set(none, Lanes::loadu(row + i) * Lanes(scale), keys);
       scaled.store(row + i);
@@ -36,7 +82,7 @@ struct Attention {
     const float shift = at::vec::vec_reduce_all<float>([](Lanes& a, Lanes& b) { return at::vec::maximum(a, b); }, most);
     // exp_u20 knows numbers only.
     if (!std::isfinite(shift)) return std::numeric_limits<float>::quiet_NaN();
-    for (int64_t i = 0; i < padded; i += Lanes::size()) {
+    for (int64_t i = 0; i < sizes.keys; i += Lanes::size()) {
       const Lanes weight = (Lanes::loadu(row + i) - Lanes(shift)).exp_u20();
       weight.store(row + i);
       sum = sum + weight;
@@ -48,22 +94,7 @@ struct Attention {
   template <int R, int C, typename... Where>
   void values(const float* weights, const float* share, Element* to, int64_t c, Where... where) const {
     Sum sum[R][C];
-    UNROLL
-    for (int i = 0; i < R; i++)
-      UNROLL
-      for (int j = 0; j < C; j++) sum[i][j] = zero();
-    const Element* value = v + c;
-    for (int64_t key = 0; key < sizes.keys; key++, value += sizes.v[2]) {
-      Sum b[C];
-      UNROLL
-      for (int j = 0; j < C; j++) b[j] = keep(Type::floats(value + j * FLOATS, where...));
-      UNROLL
-      for (int i = 0; i < R; i++) {
-        const Sum a = keep(all_of(weights[i * padded + key]));
-        UNROLL
-        for (int j = 0; j < C; j++) sum[i][j] = plus_product(sum[i][j], a, b[j]);
-      }
-    }
+    multiply<ByWeight<Type>>(sum, sizes.keys, weights, padded, v + c, sizes.v[2], where...);
     for (int i = 0; i < R; i++)
       UNROLL
       for (int j = 0; j < C; j++)
@@ -80,11 +111,30 @@ struct Attention {
     if (c < sizes.value_width) values<R, 1>(weights, share, to, c, sizes.value_width - c);
   }
 
+  // Scores of R queries for one panel of keys.
+  template <int R = Type::ROWS>
+  void panel(int64_t count, const float* states, float* to) const {
+    if constexpr (R > 1)
+      if (count < R) return panel<R - 1>(count, states, to);
+    Sum sum[R][WIDE];
+    multiply<ByState<Type>>(sum, units, states, sizes.q[2] / PER_UNIT, turned, PANEL);
+    UNROLL
+    for (int i = 0; i < R; i++)
+      UNROLL
+      for (int j = 0; j < WIDE; j++) Float::store(to + i * padded + j * FLOATS, sum[i][j]);
+  }
+
   // Queries [first, first + count).
   void block(int64_t first, int64_t count) const {
-    const Element* start = q + first * sizes.q[2];
-    const Product<Type, float> product{start, k, nullptr, scores, sizes.q[2], sizes.k[2], padded, sizes.width, sizes.keys};
-    product.columns(0, count, 0, sizes.keys);
+    const float* states = reinterpret_cast<const float*>(q + first * sizes.q[2]);
+    for (int64_t p = 0; p < sizes.keys; p += PANEL) {
+      const float* keys = reinterpret_cast<const float*>(k + p * sizes.k[2]);
+      at::vec::transpose_mxn<float>(keys, sizes.k[2] / PER_UNIT, turned, PANEL, std::min(PANEL, sizes.keys - p), units);
+      for (int64_t i = 0, some; i < count; i += some) {
+        some = std::min<int64_t>(Type::ROWS, count - i);
+        panel(some, states + i * (sizes.q[2] / PER_UNIT), scores + i * padded + p);
+      }
+    }
     float share[QUERIES];
     for (int64_t i = 0; i < count; i++) share[i] = weigh(scores + i * padded);
     for (int64_t i = 0, some; i < count; i += some) {
@@ -96,17 +146,19 @@ struct Attention {
 
 template <typename Type, typename Element = typename Type::Element>
 void attention(const Element* q, const Element* k, const Element* v, Element* out, const Sizes& sizes, float scale, int64_t threads) {
-  const int64_t padded = (sizes.keys + Lanes::size() - 1) / Lanes::size() * Lanes::size();
+  const int64_t padded = (sizes.keys + PANEL - 1) / PANEL * PANEL;
+  const int64_t units = sizes.width * sizeof(Element) / sizeof(float);
   const int64_t few = std::clamp<int64_t>(SCORES / (4 * padded) / 4 * 4, 4, QUERIES);
   const int64_t blocks = (sizes.queries + few - 1) / few;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<float> scores(few * padded);
+    std::vector<float> scores(few * padded), turned(units * PANEL);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < sizes.batch * sizes.heads * blocks; task++) {
       const int64_t sample = task / blocks / sizes.heads, head = task / blocks % sizes.heads, first = task % blocks * few;
       const auto at = [&](const int64_t (&stride)[3]) { return sample * stride[0] + head * stride[1]; };
-      const Attention<Type> one{q + at(sizes.q), k + at(sizes.k), v + at(sizes.v), out + at(sizes.out), sizes, scale, scores.data(), padded};
+      const Attention<Type> one{q + at(sizes.q), k + at(sizes.k), v + at(sizes.v), out + at(sizes.out), sizes, scale,
+                                scores.data(), turned.data(), padded, units};
       one.block(first, std::min(few, sizes.queries - first));
     }
   }
@@ -124,4 +176,5 @@ extern "C" void few_queries_bfloat16(
     const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, const Sizes* sizes, float scale, int64_t threads) {
   attention<Bfloat16>(q, k, v, out, *sizes, scale, threads);
 }
+#endif
 #endif

@@ -5,13 +5,13 @@ namespace {
 constexpr int64_t TASK = 64;  // outputs a thread takes at once
 constexpr int64_t LINE = 16;  // outputs that are written to memory at once
 
-template <typename Type, typename Out = typename Type::Element>
+template <typename Type>
 struct Product {
   using Element = typename Type::Element;
   const Element* rows;
   const Element* weight;
   const Element* bias;
-  Out* out;
+  Element* out;
   int64_t row_stride, weight_stride, out_stride, inputs, outputs;
 
   template <int R, int C>
@@ -37,7 +37,7 @@ struct Product {
     const Element* end = x + inputs / Type::LANES * Type::LANES;
     for (; x < end; x += Type::LANES, w += Type::LANES) step();
     if (inputs % Type::LANES) step(inputs % Type::LANES);
-    Out* to = out + r * out_stride + o;
+    Element* to = out + r * out_stride + o;
     if constexpr (C == COLUMNS) {
       __m128 row[R];
       totals(sum, row);

@@ -77,8 +77,6 @@ struct Bfloat16 {
   static void store(uint16_t* p, Sum v, int64_t count) {
     _mm256_mask_storeu_epi16(p, (1u << count) - 1, (__m256i)_mm512_cvtneps_pbh(v));
   }
-  static void store(float* p, __m128 v) { _mm_storeu_ps(p, v); }
-  static void store(float* p, float v) { *p = v; }
   static float widened(uint16_t v) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(v << 16))); }
   static __m128 widened(const uint16_t* p) {
     const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -125,15 +123,7 @@ using Sum = __m256;
 constexpr int64_t NEAR = 24 << 10;
 constexpr int64_t BLOCK = 96 << 10;
 
-constexpr int64_t FLOATS = 8;
-
 Sum zero() { return _mm256_setzero_ps(); }
-
-Sum all_of(float v) { return _mm256_set1_ps(v); }
-
-Sum times(Sum a, Sum b) { return _mm256_mul_ps(a, b); }
-
-Sum plus_product(Sum s, Sum a, Sum b) { return _mm256_fmadd_ps(a, b, s); }
 
 __m128 sums(Sum a, Sum b, Sum c, Sum d) {
   const Sum s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
@@ -142,24 +132,16 @@ __m128 sums(Sum a, Sum b, Sum c, Sum d) {
 
 float total(Sum s) { return _mm_cvtss_f32(sums(s, zero(), zero(), zero())); }
 
-__m256i first(int64_t count) {
-  const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), number);
-}
-
 struct Float {
   using Element = float;
   static constexpr int64_t LANES = 8;
   static constexpr int ROWS = 2;  // three need every register there is, and compilers need one
   static Sum load(const float* p) { return _mm256_loadu_ps(p); }
   static Sum load(const float* p, int64_t count) {
-    return _mm256_maskload_ps(p, first(count));
+    const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), number));
   }
-  static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
-  static Sum floats(const float* p) { return load(p); }
-  static Sum floats(const float* p, int64_t count) { return load(p, count); }
-  static void store(float* p, Sum v) { _mm256_storeu_ps(p, v); }
-  static void store(float* p, Sum v, int64_t count) { _mm256_maskstore_ps(p, first(count), v); }
+  static Sum add(Sum s, Sum a, Sum b) { return _mm256_fmadd_ps(a, b, s); }
   static float widened(float v) { return v; }
   static __m128 widened(const float* p) { return _mm_loadu_ps(p); }
   static void store(float* p, __m128 v) { _mm_storeu_ps(p, v); }

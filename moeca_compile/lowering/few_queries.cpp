@@ -17,29 +17,27 @@ struct Sizes {
 
 // What is multiplied in two steps of attention; sums of many such products are what both are made of.
 // Scores: 32 bits of a query's and of a key's state, one float or two bfloat16.
-template <typename Type>
 struct ByState {
   static Sum all_of(const float* p) { return ::all_of(*p); }
   static Sum load(const float* p) { return Float::load(p); }
   static Sum add(Sum s, Sum a, Sum b) {
-    if constexpr (sizeof(typename Type::Element) == 4) return plus_product(s, a, b);
+    if constexpr (sizeof(Element) == sizeof(float)) return plus_product(s, a, b);
     else return Type::add(s, (decltype(Type::load(nullptr)))a, (decltype(Type::load(nullptr)))b);
   }
 };
 
 // Outputs: a weight, and elements of a value.
-template <typename Type>
 struct ByWeight {
   static Sum all_of(const float* p) { return ::all_of(*p); }
   template <typename... Where>
-  static Sum load(const typename Type::Element* p, Where... where) { return Type::floats(p, where...); }
+  static Sum load(const Element* p, Where... where) { return Type::floats(p, where...); }
   static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
 };
 
 // sum[i][j] of a[i][n] * b[n][j] over n, for R rows and C vectors; `where`: how much of a last vector.
-template <typename By, int R, int C, typename Element, typename... Where>
+template <typename By, int R, int C, typename Right, typename... Where>
 [[gnu::always_inline]] inline void multiply(
-    Sum (&sum)[R][C], int64_t count, const float* a, int64_t a_stride, const Element* b, int64_t b_stride, Where... where) {
+    Sum (&sum)[R][C], int64_t count, const float* a, int64_t a_stride, const Right* b, int64_t b_stride, Where... where) {
   UNROLL
   for (int i = 0; i < R; i++)
     UNROLL
@@ -57,9 +55,7 @@ template <typename By, int R, int C, typename Element, typename... Where>
   }
 }
 
-template <typename Type>
 struct Attention {
-  using Element = typename Type::Element;
   const Element *q, *k, *v;  // of one head
   Element* out;
   const Sizes& sizes;
@@ -94,7 +90,7 @@ struct Attention {
   template <int R, int C, typename... Where>
   void values(const float* weights, const float* share, Element* to, int64_t c, Where... where) const {
     Sum sum[R][C];
-    multiply<ByWeight<Type>>(sum, sizes.keys, weights, padded, v + c, sizes.v[2], where...);
+    multiply<ByWeight>(sum, sizes.keys, weights, padded, v + c, sizes.v[2], where...);
     for (int i = 0; i < R; i++)
       UNROLL
       for (int j = 0; j < C; j++)
@@ -117,7 +113,7 @@ struct Attention {
     if constexpr (R > 1)
       if (count < R) return panel<R - 1>(count, states, to);
     Sum sum[R][WIDE];
-    multiply<ByState<Type>>(sum, units, states, sizes.q[2] / PER_UNIT, turned, PANEL);
+    multiply<ByState>(sum, units, states, sizes.q[2] / PER_UNIT, turned, PANEL);
     UNROLL
     for (int i = 0; i < R; i++)
       UNROLL
@@ -144,37 +140,25 @@ struct Attention {
   }
 };
 
-template <typename Type, typename Element = typename Type::Element>
-void attention(const Element* q, const Element* k, const Element* v, Element* out, const Sizes& sizes, float scale, int64_t threads) {
-  const int64_t padded = (sizes.keys + PANEL - 1) / PANEL * PANEL;
-  const int64_t units = sizes.width * sizeof(Element) / sizeof(float);
+}  // namespace
+
+extern "C" void few_queries(
+    const Element* q, const Element* k, const Element* v, Element* out, const Sizes* sizes, float scale, int64_t threads) {
+  const int64_t padded = (sizes->keys + PANEL - 1) / PANEL * PANEL;
+  const int64_t units = sizes->width * sizeof(Element) / sizeof(float);
   const int64_t few = std::clamp<int64_t>(SCORES / (4 * padded) / 4 * 4, 4, QUERIES);
-  const int64_t blocks = (sizes.queries + few - 1) / few;
+  const int64_t blocks = (sizes->queries + few - 1) / few;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<float> scores(few * padded), turned(units * PANEL);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < sizes.batch * sizes.heads * blocks; task++) {
-      const int64_t sample = task / blocks / sizes.heads, head = task / blocks % sizes.heads, first = task % blocks * few;
+    for (int64_t task = 0; task < sizes->batch * sizes->heads * blocks; task++) {
+      const int64_t sample = task / blocks / sizes->heads, head = task / blocks % sizes->heads, first = task % blocks * few;
       const auto at = [&](const int64_t (&stride)[3]) { return sample * stride[0] + head * stride[1]; };
-      const Attention<Type> one{q + at(sizes.q), k + at(sizes.k), v + at(sizes.v), out + at(sizes.out), sizes, scale,
+      const Attention one{q + at(sizes->q), k + at(sizes->k), v + at(sizes->v), out + at(sizes->out), *sizes, scale,
                                 scores.data(), turned.data(), padded, units};
-      one.block(first, std::min(few, sizes.queries - first));
+      one.block(first, std::min(few, sizes->queries - first));
     }
   }
 }
-
-}  // namespace
-
-extern "C" void few_queries_float32(
-    const float* q, const float* k, const float* v, float* out, const Sizes* sizes, float scale, int64_t threads) {
-  attention<Float>(q, k, v, out, *sizes, scale, threads);
-}
-
-#ifdef MOECA_BFLOAT16
-extern "C" void few_queries_bfloat16(
-    const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, const Sizes* sizes, float scale, int64_t threads) {
-  attention<Bfloat16>(q, k, v, out, *sizes, scale, threads);
-}
-#endif
 #endif

@@ -11,7 +11,6 @@ AVX2 it took as long as torch.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     """[B, H, L, W], in memory [B, L, H, W]; None for what the kernel is not for."""
     if not suits(query, key, value):
         return None
-    kernel = _kernel(query.dtype)
+    kernel = native.kernel("few_queries", query.dtype, SIGNATURE)
     if kernel is None:
         return None
     (batch, heads, queries, width), keys = query.shape, key.shape[2]
@@ -73,8 +72,3 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     addresses = [t.data_ptr() for t in (query, key, value, out)]
     kernel(*addresses, sizes, scale, torch.get_num_threads())
     return out
-
-
-@cache
-def _kernel(dtype: torch.dtype) -> Any:
-    return native.kernel("few_queries", dtype, SIGNATURE)

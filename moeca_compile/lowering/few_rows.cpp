@@ -5,9 +5,7 @@ namespace {
 constexpr int64_t TASK = 64;  // outputs a thread takes at once
 constexpr int64_t LINE = 16;  // outputs that are written to memory at once
 
-template <typename Type>
 struct Product {
-  using Element = typename Type::Element;
   const Element* rows;
   const Element* weight;
   const Element* bias;
@@ -84,8 +82,9 @@ struct Product {
   }
 };
 
-template <typename Type, typename Element = typename Type::Element>
-void products(
+}  // namespace
+
+extern "C" void few_rows(
     const Element* rows, int64_t row_stride, const int64_t* ends, int64_t groups,
     const Element* const* weights, int64_t weight_stride, const Element* const* biases,
     Element* out, int64_t inputs, int64_t outputs, int64_t threads) {
@@ -94,27 +93,9 @@ void products(
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < groups * pieces; task++) {
     const int64_t group = task / pieces, first = task % pieces * TASK, stop = ends[group];
-    const Product<Type> product{rows, weights[group], biases ? biases[group] : nullptr, out,
+    const Product product{rows, weights[group], biases ? biases[group] : nullptr, out,
                                 row_stride, weight_stride, outputs, inputs, outputs};
     for (int64_t r = group ? ends[group - 1] : 0; r < stop; r += block)
       product.columns(r, std::min(r + block, stop), first, std::min(first + TASK, outputs));
   }
 }
-
-}  // namespace
-
-extern "C" void few_rows_float32(
-    const float* rows, int64_t row_stride, const int64_t* ends, int64_t groups,
-    const float* const* weights, int64_t weight_stride, const float* const* biases,
-    float* out, int64_t inputs, int64_t outputs, int64_t threads) {
-  products<Float>(rows, row_stride, ends, groups, weights, weight_stride, biases, out, inputs, outputs, threads);
-}
-
-#ifdef MOECA_BFLOAT16
-extern "C" void few_rows_bfloat16(
-    const uint16_t* rows, int64_t row_stride, const int64_t* ends, int64_t groups,
-    const uint16_t* const* weights, int64_t weight_stride, const uint16_t* const* biases,
-    uint16_t* out, int64_t inputs, int64_t outputs, int64_t threads) {
-  products<Bfloat16>(rows, row_stride, ends, groups, weights, weight_stride, biases, out, inputs, outputs, threads);
-}
-#endif

@@ -11,8 +11,7 @@ right as they are, and asks for the next weights while it uses these. native.py 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -103,7 +102,7 @@ def _run(
         return False
     if not _lie_right(rows, weights, biases):
         return False
-    kernel = _kernel(rows.dtype)
+    kernel = native.kernel("few_rows", rows.dtype, SIGNATURE)
     if kernel is None:
         return False
     kernel(
@@ -128,8 +127,3 @@ def _lie_right(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:
     return (POINTER * len(tensors))(*[t.data_ptr() for t in tensors])
-
-
-@cache
-def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    return native.kernel("few_rows", dtype, SIGNATURE)

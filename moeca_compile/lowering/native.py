@@ -1,6 +1,6 @@
 """Kernels of our own for a CPU, in C++ beside this file: where they are used, how they are built.
 
-    vectors.cpp + few_rows.cpp + few_queries.cpp   one library, g++ compiles it at first use
+    vectors.cpp + few_rows.cpp or few_queries.cpp   a library each, g++ compiles it at first use
 
 float32 with AVX2 or AVX-512, bfloat16 with AVX512_BF16, each where it was measured to be faster
 than torch (docs/speed.md has the figures); nothing elsewhere. MOECA_KERNEL=0 in the environment
@@ -9,11 +9,10 @@ leaves all of it to torch, to look for what makes a difference.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from ..torch_compat import c_library
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("vectors.cpp", "few_rows.cpp", "few_queries.cpp")
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -59,28 +57,22 @@ def _processor() -> tuple[str, set[str]]:
     return values.get("vendor_id", ""), set(values.get("flags", "").split())
 
 
-def kernel(name: str, dtype: torch.dtype, signature: Sequence[Any]) -> Callable[..., None] | None:
-    """The compiled function `<name>_<dtype>`, which takes `signature`; None without a compiler."""
-    library = _library()
-    if library is None:
+@cache
+def kernel(name: str, dtype: torch.dtype, signature: tuple[Any, ...]) -> Callable[..., None] | None:
+    """The C function `name` of the file of that name, compiled for values of `dtype`; None, and one
+    line in the log, if it does not compile. signature: types of its arguments for ctypes."""
+    wanted = (capability(), str(dtype).removeprefix("torch."))
+    defines = [f"#define MOECA_{each.upper()}" for each in wanted]
+    texts = [Path(__file__).with_name(file).read_text() for file in ("vectors.cpp", f"{name}.cpp")]
+    try:
+        function = getattr(c_library("\n".join([*defines, *texts])), name)
+    except Exception as error:  # whatever a compiler, or a folder, may be missing
+        _tell(str(error).strip().splitlines()[0])
         return None
-    function = getattr(library, f"{name}_{_short(dtype)}")
     function.argtypes, function.restype = signature, None
     return function  # type: ignore[no-any-return]
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The kernels for this processor; None, and one line in the log, if they do not compile."""
-    defines = [f"#define MOECA_{name.upper()}" for name in (capability(), *map(_short, dtypes()))]
-    texts = [Path(__file__).with_name(name).read_text() for name in SOURCES]
-    try:
-        return c_library("\n".join([*sorted(defines), *texts]))
-    except Exception as error:  # whatever a compiler, or a folder, may be missing
-        reason = str(error).strip().splitlines()[0]
-        log.warning("few rows are computed by torch, slower: no kernels, %s", reason)
-        return None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _tell(reason: str) -> None:
+    log.warning("few rows are computed by torch, slower: no kernels, %s", reason)

@@ -1,6 +1,5 @@
 // What the kernels compute with: a vector of floats, and elements that are read into one.
-// native.py puts the files together and defines MOECA_AVX512 and MOECA_BFLOAT16 where the processor
-// has what they ask for.
+// native.py puts it before a kernel's file and defines MOECA_AVX512 and MOECA_BFLOAT16 as asked for.
 #include <immintrin.h>
 #include <algorithm>
 #include <cmath>
@@ -155,5 +154,12 @@ void totals(const Sum (&sum)[R][COLUMNS], __m128 (&row)[R]) {
 }
 
 #endif
+
+#ifdef MOECA_BFLOAT16
+using Type = Bfloat16;
+#else
+using Type = Float;
+#endif
+using Element = Type::Element;
 
 }  // namespace

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moeca_compile.lowering import few_queries, few_rows, native
+from moeca_compile.lowering import native
 
 
 def kinds() -> list[tuple[str, torch.dtype]]:
@@ -18,8 +18,7 @@ def kinds() -> list[tuple[str, torch.dtype]]:
 
 def forget() -> None:
     """Decide, compile and look up anew."""
-    kept = (native.capability, native.dtypes, native._library)
-    for each in (*kept, few_rows._kernel, few_queries._kernel):
+    for each in (native.capability, native.dtypes, native.kernel, native._tell):
         each.cache_clear()
 
 

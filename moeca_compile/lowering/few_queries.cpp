@@ -156,7 +156,7 @@ extern "C" void few_queries(
       const int64_t sample = task / blocks / sizes->heads, head = task / blocks % sizes->heads, first = task % blocks * few;
       const auto at = [&](const int64_t (&stride)[3]) { return sample * stride[0] + head * stride[1]; };
       const Attention one{q + at(sizes->q), k + at(sizes->k), v + at(sizes->v), out + at(sizes->out), *sizes, scale,
-                                scores.data(), turned.data(), padded, units};
+                          scores.data(), turned.data(), padded, units};
       one.block(first, std::min(few, sizes->queries - first));
     }
   }

@@ -90,12 +90,16 @@ extern "C" void few_rows(
     Element* out, int64_t inputs, int64_t outputs, int64_t threads) {
   const int64_t pieces = (outputs + TASK - 1) / TASK;
   const int64_t block = std::max<int64_t>(24, BLOCK / (static_cast<int64_t>(sizeof(Element)) * inputs) / 12 * 12);
+  int64_t most = 0;  // rows of a group
+  for (int64_t group = 0; group < groups; group++) most = std::max(most, ends[group] - (group ? ends[group - 1] : 0));
+  const int64_t blocks = (most + block - 1) / block;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < groups * pieces; task++) {
-    const int64_t group = task / pieces, first = task % pieces * TASK, stop = ends[group];
+  for (int64_t task = 0; task < groups * pieces * blocks; task++) {
+    const int64_t group = task / blocks / pieces, first = task / blocks % pieces * TASK, stop = ends[group];
+    const int64_t r = (group ? ends[group - 1] : 0) + task % blocks * block;
+    if (r >= stop) continue;
     const Product product{rows, weights[group], biases ? biases[group] : nullptr, out,
-                                row_stride, weight_stride, outputs, inputs, outputs};
-    for (int64_t r = group ? ends[group - 1] : 0; r < stop; r += block)
-      product.columns(r, std::min(r + block, stop), first, std::min(first + TASK, outputs));
+                          row_stride, weight_stride, outputs, inputs, outputs};
+    product.columns(r, std::min(r + block, stop), first, std::min(first + TASK, outputs));
   }
 }

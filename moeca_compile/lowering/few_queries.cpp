@@ -103,8 +103,8 @@ struct Attention {
       if (count < R) return rows<R - 1>(count, weights, share, to);
     int64_t c = 0;
     for (; c + WIDE * FLOATS <= sizes.value_width; c += WIDE * FLOATS) values<R, WIDE>(weights, share, to, c);
-    for (; c + FLOATS <= sizes.value_width; c += FLOATS) values<R, 1>(weights, share, to, c);
-    if (c < sizes.value_width) values<R, 1>(weights, share, to, c, sizes.value_width - c);
+    for (; c < sizes.value_width; c += FLOATS)
+      values<R, 1>(weights, share, to, c, std::min(FLOATS, sizes.value_width - c));
   }
 
   // Scores of R queries for one panel of keys.

@@ -1,7 +1,8 @@
 """The kernels for few rows and few queries against torch's, alone.
 
     python benchmarks/kernels.py [--dtype bfloat16] [--threads 1] [--rounds 9]
-    ->  table: time of eight products, one an expert, by rows an expert: torch, kernel, their ratio
+    ->  table: time of eight products, one an expert, by rows an expert: torch, kernel, their ratio;
+        weights stored [O, I] and, where there is a kernel for that, [I, O]
         table: time of one attention by queries a sample, the same
 
 Candidates take turns, so that a busy moment hits both; medians. Three sets of weights take turns,
@@ -59,8 +60,11 @@ def row(label: dict[str, Any], gflop: float, torch_ms: float, kernel_ms: float) 
 
 
 def products(dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
-    for inputs, outputs in WIDTHS:
-        sets = [torch.randn(EXPERTS, outputs, inputs).to(dtype).unbind() for _ in range(3)]
+    turned = (False, True) if dtype == torch.float32 and dtype in few_queries.dtypes() else (False,)
+    for inputs, outputs, around in [(*widths, around) for around in turned for widths in WIDTHS]:
+        shape = (EXPERTS, inputs, outputs) if around else (EXPERTS, outputs, inputs)
+        sets = [torch.randn(shape).to(dtype) for _ in range(3)]
+        sets = [(w.transpose(1, 2) if around else w).unbind() for w in sets]
         for count in ROWS:
             x = torch.randn(EXPERTS * count, inputs).to(dtype)
             out = torch.empty(len(x), outputs, dtype=dtype)
@@ -80,7 +84,8 @@ def products(dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
                 continue
             spent = alternate([by_torch, by_kernel], [(w,) for w in sets], rounds)
             gflop = 2 * len(x) * inputs * outputs / 1e9
-            yield row({"in x out": f"{inputs} x {outputs}", "rows": count}, gflop, *spent)
+            label = {"in x out": f"{inputs} x {outputs}", "stored": "[I, O]" if around else "[O, I]"}
+            yield row({**label, "rows": count}, gflop, *spent)
 
 
 def attentions(dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:

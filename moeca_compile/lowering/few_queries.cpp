@@ -15,45 +15,19 @@ struct Sizes {
   int64_t q[3], k[3], v[3], out[3];  // elements from one sample, head, row to the next
 };
 
-// What is multiplied in two steps of attention; sums of many such products are what both are made of.
-// Scores: 32 bits of a query's and of a key's state, one float or two bfloat16.
-struct ByState {
-  static Sum all_of(const float* p) { return ::all_of(*p); }
-  static Sum load(const float* p) { return Float::load(p); }
+// Scores are sums over 32 bits of a query's and of a key's state, one float or two bfloat16.
+struct ByState : ByFloat {
   static Sum add(Sum s, Sum a, Sum b) {
     if constexpr (sizeof(Element) == sizeof(float)) return plus_product(s, a, b);
     else return Type::add(s, (decltype(Type::load(nullptr)))a, (decltype(Type::load(nullptr)))b);
   }
 };
 
-// Outputs: a weight, and elements of a value.
-struct ByWeight {
-  static Sum all_of(const float* p) { return ::all_of(*p); }
+// Outputs are sums over weights and elements of a value.
+struct ByWeight : ByFloat {
   template <typename... Where>
   static Sum load(const Element* p, Where... where) { return Type::floats(p, where...); }
-  static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
 };
-
-// sum[i][j] of a[i][n] * b[n][j] over n, for R rows and C vectors; `where`: how much of a last vector.
-template <typename By, int R, int C, typename Right, typename... Where>
-[[gnu::always_inline]] inline void multiply(
-    Sum (&sum)[R][C], int64_t count, const float* a, int64_t a_stride, const Right* b, int64_t b_stride, Where... where) {
-  UNROLL
-  for (int i = 0; i < R; i++)
-    UNROLL
-    for (int j = 0; j < C; j++) sum[i][j] = zero();
-  for (int64_t n = 0; n < count; n++, b += b_stride) {
-    Sum right[C];
-    UNROLL
-    for (int j = 0; j < C; j++) right[j] = keep(By::load(b + j * FLOATS, where...));
-    UNROLL
-    for (int i = 0; i < R; i++) {
-      const Sum left = keep(By::all_of(a + i * a_stride + n));
-      UNROLL
-      for (int j = 0; j < C; j++) sum[i][j] = By::add(sum[i][j], left, right[j]);
-    }
-  }
-}
 
 struct Attention {
   const Element *q, *k, *v;  // of one head

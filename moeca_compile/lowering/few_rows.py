@@ -1,11 +1,13 @@
 """Products of few rows on a CPU: weights are read where they lie, once, nothing packed.
 
-    rows [R, I] sorted by group   weights: each [O, I], its rows contiguous   ->  out [R, O]
+    rows [R, I] sorted by group   weights: each [O, I], contiguous either way   ->  out [R, O]
 
 A library for large matrices copies every weight into the order its kernel likes before it
 multiplies, whatever the number of rows; with some tens of rows that is as much work as the product
 (docs/speed.md has the figures). few_rows.cpp takes sums along I, for which rows and weights lie
-right as they are, and asks for the next weights while it uses these. native.py says where.
+right as they are, and asks for the next weights while it uses these. Weights that are stored [I, O]
+and seen turned around go through few_rows_turned.cpp, which lays 64 outputs at a time next to each
+other. native.py says where.
 """
 
 from __future__ import annotations
@@ -102,12 +104,13 @@ def _run(
         return False
     if not _lie_right(rows, weights, biases):
         return False
-    kernel = native.kernel("few_rows", rows.dtype, SIGNATURE)
+    turned = first.stride(1) != 1
+    kernel = native.kernel("few_rows_turned" if turned else "few_rows", rows.dtype, SIGNATURE)
     if kernel is None:
         return False
     kernel(
         *(rows.data_ptr(), rows.stride(0), ends, len(weights)),
-        *(_addresses(weights), first.stride(0), _addresses(biases) if biases else None),
+        *(_addresses(weights), first.stride(int(turned)), _addresses(biases) if biases else None),
         *(out.data_ptr(), first.shape[1], first.shape[0], torch.get_num_threads()),
     )
     return True
@@ -116,13 +119,20 @@ def _run(
 def _lie_right(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
     """What the kernel relies on, which takes addresses as they come."""
     shape, stride = weights[0].shape, weights[0].stride()
-    if rows.stride(1) != 1 or stride[1] != 1 or not 0 < shape[1] == rows.shape[1]:
+    if rows.stride(1) != 1 or not 0 < shape[1] == rows.shape[1]:
+        return False
+    if stride[1] != 1 and not (stride[0] == 1 and _takes_turned(rows)):
         return False
     if any(w.shape != shape or w.stride() != stride for w in weights):
         return False
     if any(b.shape != shape[:1] or b.stride(0) != 1 for b in biases):
         return False
     return all(t.is_cpu and t.dtype == rows.dtype for t in (*weights, *biases))
+
+
+def _takes_turned(rows: Tensor) -> bool:
+    """With AVX2 such a kernel took as long as MKL, and bfloat16 goes by pairs of inputs."""
+    return native.capability() == "AVX512" and rows.dtype == torch.float32
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:

@@ -1,6 +1,7 @@
 """Kernels of our own for a CPU, in C++ beside this file: where they are used, how they are built.
 
-    vectors.cpp + few_rows.cpp or few_queries.cpp   a library each, g++ compiles it at first use
+    vectors.cpp + few_rows.cpp, few_rows_turned.cpp or few_queries.cpp   a library each, which g++
+                                                                         compiles at first use
 
 float32 with AVX2 or AVX-512, bfloat16 with AVX512_BF16, each where it was measured to be faster
 than torch (docs/speed.md has the figures); nothing elsewhere. MOECA_KERNEL=0 in the environment

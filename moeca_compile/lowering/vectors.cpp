@@ -116,6 +116,34 @@ void totals(const Sum (&sum)[R][COLUMNS], __m128 (&row)[R]) {
   for (int i = 0; i < R; i++) row[i] = rows[i];
 }
 
+// One step of a sum of products: a number of the left, a vector of the right.
+struct ByFloat {
+  static Sum all_of(const float* p) { return ::all_of(*p); }
+  static Sum load(const float* p) { return Float::load(p); }
+  static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
+};
+
+// sum[i][j] of a[i][n] * b[n][j] over n, for R rows and C vectors; `where`: how much of a last vector.
+template <typename By, int R, int C, typename Right, typename... Where>
+[[gnu::always_inline]] inline void multiply(
+    Sum (&sum)[R][C], int64_t count, const float* a, int64_t a_stride, const Right* b, int64_t b_stride, Where... where) {
+  UNROLL
+  for (int i = 0; i < R; i++)
+    UNROLL
+    for (int j = 0; j < C; j++) sum[i][j] = zero();
+  for (int64_t n = 0; n < count; n++, b += b_stride) {
+    Sum right[C];
+    UNROLL
+    for (int j = 0; j < C; j++) right[j] = keep(By::load(b + j * FLOATS, where...));
+    UNROLL
+    for (int i = 0; i < R; i++) {
+      const Sum left = keep(By::all_of(a + i * a_stride + n));
+      UNROLL
+      for (int j = 0; j < C; j++) sum[i][j] = By::add(sum[i][j], left, right[j]);
+    }
+  }
+}
+
 #else
 
 using Sum = __m256;

@@ -50,6 +50,39 @@ def test_every_size(
     assert out[-2:].isnan().all()  # nobody's rows
 
 
+turned_too = pytest.mark.skipif(
+    not few_rows._takes_turned(torch.empty(1)), reason="that kernel is for AMD's with AVX-512"
+)
+
+
+@turned_too
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inputs", [1, 7, 300])
+@pytest.mark.parametrize("outputs", [1, 15, 16, 64, 83, 256])
+def test_weights_that_are_stored_turned_around(
+    inputs: int, outputs: int, bias: bool, threads: int
+) -> None:
+    """[I, O] in memory, a part of more outputs; a row's bits do not depend on the others."""
+    counts = [0, 1, 2, 3, 0, 4, 5, 9, 0]
+    ends = torch.tensor(counts).cumsum(0)
+    rows = values(int(ends[-1]) + 2, inputs)
+    stored = (values(len(counts), inputs, outputs + 3, seed=1) / inputs**0.5)[..., 1 : outputs + 1]
+    weights = [w.t() for w in stored]
+    biases = list(values(len(counts), outputs, seed=2)) if bias else []
+    out = torch.full((len(rows), outputs), torch.nan)
+    assert few_rows.products(rows, ends, weights, biases, out)
+    group = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    want = torch.einsum("ri,rio->ro", rows[:-2].double(), stored[group].double())
+    want += torch.stack(biases)[group] if bias else 0
+    torch.testing.assert_close(out[:-2].double(), want, rtol=1e-5, atol=1e-5)
+    assert out[-2:].isnan().all()
+    last = len(rows) - 3  # of nine rows with the same weights
+    alone = torch.empty(1, outputs)
+    which = [weights[7]], biases[7:8]
+    assert few_rows.products(rows[last : last + 1], torch.tensor([1]), *which, alone)
+    assert torch.equal(alone[0], out[last])
+
+
 def test_a_row_does_not_depend_on_the_others(kernel_dtype: torch.dtype) -> None:
     """The same bits whatever the tile a row is in, and whoever computes it."""
     rows, weight = values(23, 50, dtype=kernel_dtype), values(29, 50, seed=1, dtype=kernel_dtype)
@@ -83,6 +116,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "another dtype": {"rows": values(4, 16).double(), "weight": values(8, 16).double()},
     "columns apart": {"rows": values(4, 32)[:, ::2]},
     "many rows": {"rows": values(2049, 16), "weight": values(17, 16)},
+    "columns apart in weights": {"weight": values(8, 32)[:, ::2]},
+    "turned, in another dtype": {
+        "rows": values(4, 16).bfloat16(),
+        "weight": values(16, 8).bfloat16().t(),
+    },
     "two dtypes": {"rows": values(4, 16), "weight": values(8, 16).bfloat16()},
 }
 

@@ -84,7 +84,10 @@ def products(dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
                 continue
             spent = alternate([by_torch, by_kernel], [(w,) for w in sets], rounds)
             gflop = 2 * len(x) * inputs * outputs / 1e9
-            label = {"in x out": f"{inputs} x {outputs}", "stored": "[I, O]" if around else "[O, I]"}
+            label = {
+                "in x out": f"{inputs} x {outputs}",
+                "stored": "[I, O]" if around else "[O, I]",
+            }
             yield row({**label, "rows": count}, gflop, *spent)
 
 

@@ -7,8 +7,6 @@ namespace {
 using Lanes = at::vec::Vectorized<float>;  // what torch has for floats, and its exponential function
 constexpr int64_t SCORES = 256 << 10;  // bytes of scores that stay near
 constexpr int64_t QUERIES = 32;        // queries a thread takes at once
-constexpr int WIDE = 4;                // vectors a tile
-constexpr int64_t PANEL = WIDE * FLOATS;  // keys whose states are turned around at once
 
 struct Sizes {
   int64_t batch, heads, queries, keys, width, value_width;
@@ -35,7 +33,7 @@ struct Attention {
   const Sizes& sizes;
   float scale;
   float* scores;  // [queries, padded]
-  float* turned;  // [units, PANEL]
+  float* turned;  // states of PANEL keys: [units, PANEL]
   int64_t padded, units;
   static constexpr int64_t PER_UNIT = sizeof(float) / sizeof(Element);  // elements in 32 bits
 

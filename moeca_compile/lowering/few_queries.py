@@ -17,9 +17,9 @@ import torch
 from torch import SymInt, Tensor
 
 from . import native
+from .native import NUMBER, POINTER
 
 KEYS = 2048  # beyond, torch is as fast
-POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 SIGNATURE = (POINTER, POINTER, POINTER, POINTER, POINTER, ctypes.c_float, NUMBER)
 
 

@@ -12,7 +12,6 @@ other. native.py says where.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import SymInt, Tensor
 
 from . import native
+from .native import NUMBER, POINTER
 
 # Rows a group, from which on torch's products are as fast. With AVX-512 float32 is still ahead, 0.5
 # to 0.9 of the time: MKL has no such code for AMD's processors.
@@ -34,7 +34,6 @@ WORK = 2**22  # multiplications of such a linear
 WEIGHTS = 2**16  # weights of a linear of selected rows
 NARROW = 16  # outputs, as of a router: up to there any number of rows is faster, in float32
 SELECTED = 512  # rows that may well have been selected: the kernel has to be for as many
-POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 SIGNATURE = (
     *(POINTER, NUMBER),  # rows, elements from one to the next
     *(POINTER, NUMBER),  # ends, groups

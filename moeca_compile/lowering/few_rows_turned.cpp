@@ -2,11 +2,8 @@
 
 namespace {
 
-constexpr int WIDE = 4;                   // vectors a tile
-constexpr int64_t PANEL = WIDE * FLOATS;  // outputs whose weights are laid next to each other
-
 struct Turned {
-  const float *rows, *panel, *bias;  // panel: [inputs, PANEL]
+  const float *rows, *panel, *bias;  // panel: weights of PANEL outputs, [inputs, PANEL]
   float* out;
   int64_t row_stride, out_stride, inputs, count;  // count: outputs of this panel
 

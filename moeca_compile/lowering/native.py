@@ -10,6 +10,7 @@ leaves all of it to torch, to look for what makes a difference.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -25,6 +26,7 @@ from ..torch_compat import c_library
 log = logging.getLogger(__name__)
 
 CPUINFO = Path("/proc/cpuinfo")
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64  # in signatures of kernels
 
 
 @cache

@@ -26,8 +26,9 @@ template <typename V>
 using Sum = __m512;                   // what one output has been so far, in parts
 constexpr int64_t NEAR = 16 << 10;    // bytes of weights that stay in the first cache
 constexpr int64_t BLOCK = 256 << 10;  // bytes of rows that stay in the second one
-
 constexpr int64_t FLOATS = 16;        // of such a vector
+constexpr int WIDE = 4;               // vectors a tile of `multiply`
+constexpr int64_t PANEL = WIDE * FLOATS;
 
 Sum zero() { return _mm512_setzero_ps(); }
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lowered import reuse_step
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
-from graph_runs import compile_model, only_entry, use_graph_level
-from idioms import make, trajectory
+from graph_runs import use_graph_level
 from moeca_compile.lowering import few_queries
 
 moeca = torch.ops.moeca
@@ -156,15 +156,9 @@ def test_lowering_puts_it_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     outs = []
     for keys in (few_queries.KEYS, 0):
         monkeypatch.setattr(few_queries, "KEYS", keys)
-        torch._dynamo.reset()
-        model = make("split", attention="sdpa", depth=1, expert="swiglu")
-        calls = trajectory(model, 2, dx=0.05)
-        run = compile_model(model, calls[0], budget=0.25, order="attention_first")
-        with torch.no_grad():
-            outs.append([run(*call) for call in calls][-1])
-        variants = only_entry(run).variants
-        found = {v: variants.lowered(v)[0].graph for v in ("refresh", "reuse")}
+        out, found = reuse_step()
+        outs.append(out)
         op = moeca.few_queries_attention.default
-        assert len(found["reuse"].find_nodes(op="call_function", target=op)) == bool(keys)
-        assert not found["refresh"].find_nodes(op="call_function", target=op)
+        assert found["reuse"].count(op) == bool(keys)
+        assert op not in found["refresh"]
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from lowered import reuse_step
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
-from graph_runs import compile_model, only_entry, use_graph_level
-from idioms import make, trajectory
+from graph_runs import use_graph_level
 from moeca_compile.lowering import few_rows
 
 moeca = torch.ops.moeca
@@ -183,22 +182,12 @@ def test_lowering_puts_it_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     outs = []
     for weights in (2**63, 0):
         monkeypatch.setattr(few_rows, "WEIGHTS", weights)
-        torch._dynamo.reset()
-        model = make("split", attention="sdpa", depth=1, expert="swiglu")
-        calls = trajectory(model, 2, dx=0.05)
-        run = compile_model(model, calls[0], budget=0.25, order="attention_first")
-        with torch.no_grad():
-            outs.append([run(*call) for call in calls][-1])
-        variants = only_entry(run).variants
-        found = {v: ops_of(variants.lowered(v)[0]) for v in ("refresh", "reuse")}
+        out, found = reuse_step()
+        outs.append(out)
         # qkv, projection, the three of the shared expert; experts go through grouped_linear
         assert found["reuse"].count(moeca.few_rows_linear.default) == (0 if weights else 5)
         assert moeca.few_rows_linear.default not in found["refresh"]
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
-
-
-def ops_of(gm: GraphModule) -> list[Any]:
-    return [n.target for n in gm.graph.nodes]
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (0, 5), (2, 0, 5)])

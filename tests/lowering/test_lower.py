@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from graph_runs import only_entry, use_graph_level
+from lowered import small_run
 from moeca_compile.lowering.lower import lower, share_counts, trace
-from moeca_compile.torch_compat import new_fake_mode
+from moeca_compile.torch_compat import known_options, new_fake_mode
 
 NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
     "dtype": lambda x: x.to(torch.float32),
@@ -85,3 +87,22 @@ def test_layers_of_equal_sizes_read_one_count() -> None:
     assert len(gm.graph.find_nodes(op="call_function", target=item)) == 4
     x, allowed = torch.arange(8.0), torch.tensor([[3, 2], [5, 4], [3, 2]])
     assert torch.equal(gm(allowed, x), layers(allowed, x))
+
+
+def test_loops_over_slots_are_scalar_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "cpp.enable_loop_tail_vec"
+    use_graph_level(monkeypatch)
+    run, _ = small_run()
+    variants = only_entry(run).variants
+    graph, _ = variants.dialect("reuse")
+    assert variants._inductor_config("reuse", graph)[name] is False
+    assert name not in variants._inductor_config("plain", graph)
+    monkeypatch.setattr(variants, "_config", {name: True})
+    assert variants._inductor_config("reuse", graph)[name] is True
+
+
+def test_options_that_this_torch_does_not_have_are_left_out() -> None:
+    given = {"cpp.threads": 3, "cpp.of_another_torch": 1}
+    assert known_options(given) == {"cpp.threads": 3}

@@ -32,8 +32,9 @@ test: $(STAMP) ## tests, on CPU, without the slow ones; PYTEST_ARGS='-k name' fo
 test-slow: $(STAMP) ## only the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 
+# Without a cache: which imports are our own depends on other files than the one cached.
 lint: $(STAMP) ## ruff and pyright
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 

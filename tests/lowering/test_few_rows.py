@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lowered import reuse_step
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from graph_runs import use_graph_level
+from lowered import reuse_step
 from moeca_compile.lowering import few_rows
 
 moeca = torch.ops.moeca

@@ -62,7 +62,7 @@ struct Attention {
   template <int R, int C, typename... Where>
   void values(const float* weights, const float* share, Element* to, int64_t c, Where... where) const {
     Sum sum[R][C];
-    multiply<ByWeight>(sum, sizes.keys, weights, padded, v + c, sizes.v[2], where...);
+    multiply<ByWeight>(sum, sizes.keys, weights, padded, from<ByWeight>(v + c, sizes.v[2], where...));
     for (int i = 0; i < R; i++)
       UNROLL
       for (int j = 0; j < C; j++)
@@ -85,7 +85,7 @@ struct Attention {
     if constexpr (R > 1)
       if (count < R) return panel<R - 1>(count, states, to);
     Sum sum[R][WIDE];
-    multiply<ByState>(sum, units, states, sizes.q[2] / PER_UNIT, turned, PANEL);
+    multiply<ByState>(sum, units, states, sizes.q[2] / PER_UNIT, from<ByState>(turned, PANEL));
     UNROLL
     for (int i = 0; i < R; i++)
       UNROLL

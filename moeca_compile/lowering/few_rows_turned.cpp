@@ -2,17 +2,20 @@
 
 namespace {
 
+constexpr int ROWS = 6;  // a tile: its sums and what they are made of take 29 of 32 registers
+
 struct Turned {
-  const float *rows, *panel, *bias;  // panel: weights of PANEL outputs, [inputs, PANEL]
+  const float *rows, *bias;
   float* out;
   int64_t row_stride, out_stride, inputs, count;  // count: outputs of this panel
 
-  template <int R = Type::ROWS>
-  void tile(int64_t some, int64_t r) const {
+  // Rows [r, r + some), at most ROWS, with weights that fetch(n, right) puts into registers.
+  template <int R = ROWS, typename Fetch>
+  void tile(int64_t r, int64_t some, const Fetch& fetch) const {
     if constexpr (R > 1)
-      if (some < R) return tile<R - 1>(some, r);
+      if (some < R) return tile<R - 1>(r, some, fetch);
     Sum sum[R][WIDE];
-    multiply<ByFloat>(sum, inputs, rows + r * row_stride, row_stride, panel, PANEL);
+    multiply<ByFloat>(sum, inputs, rows + r * row_stride, row_stride, fetch);
     UNROLL
     for (int j = 0; j < WIDE; j++) {
       const int64_t left = std::min(FLOATS, count - j * FLOATS);
@@ -34,21 +37,43 @@ extern "C" void few_rows_turned(
   const int64_t pieces = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    // Weights of many inputs lie as far apart as places of the cache that exclude each other: what
+    // more than one tile needs is laid next to each other.
     std::vector<float> panel(inputs * PANEL);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < groups * pieces; task++) {
-      const int64_t group = task / pieces, first = task % pieces * PANEL;
-      const int64_t start = group ? ends[group - 1] : 0, count = std::min(PANEL, outputs - first);
-      if (start == ends[group]) continue;
-      // Weights of many inputs lie as far apart as places of the cache that exclude each other.
-      for (int64_t i = 0; i < inputs; i++)
-        std::copy_n(weights[group] + i * weight_stride + first, count, panel.data() + i * PANEL);
-      const Turned product{rows, panel.data(), biases ? biases[group] + first : nullptr, out + first,
+      const int64_t group = task / pieces, piece = task % pieces, first = piece * PANEL;
+      const int64_t stop = ends[group], count = std::min(PANEL, outputs - first);
+      int64_t r = group ? ends[group - 1] : 0;
+      if (r == stop) continue;
+      const float* weight = weights[group] + first;
+      // Processors look ahead within a page of memory, and here every input has its own.
+      const float* next = piece + 1 < pieces ? weight + PANEL : weights[std::min(group + 1, groups - 1)];
+      const Turned product{rows, biases ? biases[group] + first : nullptr, out + first,
                            row_stride, outputs, inputs, count};
-      for (int64_t r = start, some; r < ends[group]; r += some) {
-        some = std::min<int64_t>(Type::ROWS, ends[group] - r);
-        product.tile(some, r);
+      const auto tile = [&](const auto& fetch) {
+        const int64_t some = std::min<int64_t>(ROWS, stop - r);
+        product.tile(r, some, fetch);
+        r += some;
+      };
+      const auto from_memory = [&](int64_t n, Sum(&right)[WIDE]) __attribute__((always_inline)) {
+        UNROLL
+        for (int j = 0; j < WIDE; j++)
+          _mm_prefetch(reinterpret_cast<const char*>(next + n * weight_stride + j * FLOATS), _MM_HINT_T0);
+        from<ByFloat>(weight, weight_stride)(n, right);
+      };
+      if (count < PANEL) {
+        for (int64_t n = 0; n < inputs; n++) std::copy_n(weight + n * weight_stride, count, &panel[n * PANEL]);
+      } else if (stop - r <= ROWS) {
+        tile(from_memory);
+      } else {
+        tile([&](int64_t n, Sum(&right)[WIDE]) __attribute__((always_inline)) {
+          from_memory(n, right);
+          UNROLL
+          for (int j = 0; j < WIDE; j++) Float::store(&panel[n * PANEL + j * FLOATS], right[j]);
+        });
       }
+      while (r < stop) tile(from<ByFloat>(panel.data(), PANEL));
     }
   }
 }

@@ -124,18 +124,27 @@ struct ByFloat {
   static Sum add(Sum s, Sum a, Sum b) { return plus_product(s, a, b); }
 };
 
-// sum[i][j] of a[i][n] * b[n][j] over n, for R rows and C vectors; `where`: how much of a last vector.
-template <typename By, int R, int C, typename Right, typename... Where>
+// Puts the vectors of step n of a sum of products into registers: those at b + n * stride, all of them
+// or, of a last one, as much as `where` says.
+template <typename By, typename Right, typename... Where>
+auto from(const Right* b, int64_t stride, Where... where) {
+  return [=](int64_t n, auto& right) __attribute__((always_inline)) {
+    UNROLL
+    for (size_t j = 0; j < std::size(right); j++) right[j] = keep(By::load(b + n * stride + j * FLOATS, where...));
+  };
+}
+
+// sum[i][j] of a[i][n] times the vectors that fetch(n, right) puts into right[j], over n.
+template <typename By, int R, int C, typename Fetch>
 [[gnu::always_inline]] inline void multiply(
-    Sum (&sum)[R][C], int64_t count, const float* a, int64_t a_stride, const Right* b, int64_t b_stride, Where... where) {
+    Sum (&sum)[R][C], int64_t count, const float* a, int64_t a_stride, const Fetch& fetch) {
   UNROLL
   for (int i = 0; i < R; i++)
     UNROLL
     for (int j = 0; j < C; j++) sum[i][j] = zero();
-  for (int64_t n = 0; n < count; n++, b += b_stride) {
+  for (int64_t n = 0; n < count; n++) {
     Sum right[C];
-    UNROLL
-    for (int j = 0; j < C; j++) right[j] = keep(By::load(b + j * FLOATS, where...));
+    fetch(n, right);
     UNROLL
     for (int i = 0; i < R; i++) {
       const Sum left = keep(By::all_of(a + i * a_stride + n));

@@ -1,4 +1,4 @@
-"""Third-party models for `moeca bench`, from installed packages: tiny, and an eighth of their size.
+"""Third-party models for `moeca bench`, from installed packages: tiny, an eighth and a quarter of their width.
 
     moeca bench benchmarks/thirdparty.py:joint_tiny
     moeca bench benchmarks/thirdparty.py:joint_eighth --steps 12
@@ -83,6 +83,13 @@ def pool_eighth() -> Call:
     """Width 256 of 2048, 4 blocks of 32, 16 experts of 64, 256 image tokens of 4096."""
     return _pool(
         blocks=4, heads=4, key_heads=2, head_dim=64, axes=(16, 24, 24), experts=16, side=16
+    )
+
+
+def pool_quarter() -> Call:
+    """Width 512 of 2048, 4 blocks of 32, 16 experts of 64, 1024 image tokens of 4096."""
+    return _pool(
+        blocks=4, heads=8, key_heads=4, head_dim=64, axes=(16, 24, 24), experts=16, side=32
     )
 
 

@@ -1,10 +1,8 @@
 // Attention of few queries to all keys, which lie in memory as they were made. With AVX-512.
 #ifdef MOECA_AVX512
-#include <ATen/cpu/vec/functional.h>
 
 namespace {
 
-using Lanes = at::vec::Vectorized<float>;  // what torch has for floats, and its exponential function
 constexpr int64_t SCORES = 256 << 10;  // bytes of scores that stay near
 constexpr int64_t QUERIES = 32;        // queries a thread takes at once
 
@@ -37,25 +35,38 @@ struct Attention {
   int64_t padded, units;
   static constexpr int64_t PER_UNIT = sizeof(float) / sizeof(Element);  // elements in 32 bits
 
-  // Scores of one query become weights, not yet divided by their sum; one over the sum.
+  // The states of `count` keys, side by side.
+  void lay_out(const float* keys, int64_t stride, int64_t count) const {
+    for (int64_t i = 0; i < count; i += FLOATS)
+      for (int64_t u = 0; u < units; u += FLOATS) {
+        Sum states[FLOATS];
+        UNROLL
+        for (int j = 0; j < FLOATS; j++)
+          states[j] = i + j < count ? Float::load(keys + (i + j) * stride + u, std::min(FLOATS, units - u)) : zero();
+        turn(states);
+        UNROLL
+        for (int j = 0; j < FLOATS; j++)
+          if (u + j < units) Float::store(turned + (u + j) * PANEL + i, states[j]);
+      }
+  }
+
+  // Scores of one query become weights, not yet divided by their sum; one over the sum. That is no
+  // number where a score is none, or where the largest is infinite.
   float weigh(float* row) const {
-    const Lanes none(-std::numeric_limits<float>::infinity());
-    Lanes most = none, sum(0.0f);
-    for (int64_t i = 0; i < sizes.keys; i += Lanes::size()) {
-      const int64_t keys = std::min<int64_t>(Lanes::size(), sizes.keys - i);
-      const Lanes scaled = Lanes::set(none, Lanes::loadu(row + i) * Lanes(scale), keys);
-      scaled.store(row + i);
-      most = at::vec::maximum(most, scaled);  // NaN where one is
+    const Sum none = all_of(-std::numeric_limits<float>::infinity());
+    Sum most = none, sum = zero();
+    for (int64_t i = 0; i < sizes.keys; i += FLOATS) {
+      const Sum scaled = first(std::min(FLOATS, sizes.keys - i), times(Float::load(row + i), all_of(scale)), none);
+      Float::store(row + i, scaled);
+      most = larger(most, scaled);
     }
-    const float shift = at::vec::vec_reduce_all<float>([](Lanes& a, Lanes& b) { return at::vec::maximum(a, b); }, most);
-    // exp_u20 knows numbers only.
-    if (!std::isfinite(shift)) return std::numeric_limits<float>::quiet_NaN();
-    for (int64_t i = 0; i < sizes.keys; i += Lanes::size()) {
-      const Lanes weight = (Lanes::loadu(row + i) - Lanes(shift)).exp_u20();
-      weight.store(row + i);
+    const Sum shift = all_of(largest(most));
+    for (int64_t i = 0; i < sizes.keys; i += FLOATS) {
+      const Sum weight = exponential(Float::load(row + i) - shift);
+      Float::store(row + i, weight);
       sum = sum + weight;
     }
-    return 1.0f / at::vec::vec_reduce_all<float>([](Lanes& a, Lanes& b) { return a + b; }, sum);
+    return 1.0f / total(sum);
   }
 
   // Values [c, c + C vectors) of R queries; `where`: how many floats of the last vector, or all.
@@ -97,7 +108,7 @@ struct Attention {
     const float* states = reinterpret_cast<const float*>(q + first * sizes.q[2]);
     for (int64_t p = 0; p < sizes.keys; p += PANEL) {
       const float* keys = reinterpret_cast<const float*>(k + p * sizes.k[2]);
-      at::vec::transpose_mxn<float>(keys, sizes.k[2] / PER_UNIT, turned, PANEL, std::min(PANEL, sizes.keys - p), units);
+      lay_out(keys, sizes.k[2] / PER_UNIT, std::min(PANEL, sizes.keys - p));
       for (int64_t i = 0, some; i < count; i += some) {
         some = std::min<int64_t>(Type::ROWS, count - i);
         panel(some, states + i * (sizes.q[2] / PER_UNIT), scores + i * padded + p);

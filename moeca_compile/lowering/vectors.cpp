@@ -40,6 +40,52 @@ Sum plus_product(Sum s, Sum a, Sum b) { return _mm512_fmadd_ps(a, b, s); }
 
 float total(Sum s) { return _mm512_reduce_add_ps(s); }
 
+// b where one of them is no number.
+Sum larger(Sum a, Sum b) { return _mm512_max_ps(a, b); }
+
+float largest(Sum s) { return _mm512_reduce_max_ps(s); }
+
+// e to the power of x <= 0, to 1e-7 of it; 0 from some -104 on (Cephes: range reduction, polynomial).
+Sum exponential(Sum x) {
+  const Sum bounded = larger(all_of(-110.0f), x);
+  const Sum n = _mm512_roundscale_ps(times(bounded, all_of(1.44269504f)), 0);
+  const Sum r = _mm512_fnmadd_ps(n, all_of(-2.12194440e-4f), _mm512_fnmadd_ps(n, all_of(0.693359375f), bounded));
+  Sum p = all_of(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = plus_product(all_of(c), p, r);
+  return _mm512_scalef_ps(plus_product(plus_product(all_of(1.0f), r, all_of(1.0f)), times(p, r), r), n);
+}
+
+// The first `count` of a, else b.
+Sum first(int64_t count, Sum a, Sum b) { return _mm512_mask_blend_ps((1u << count) - 1, b, a); }
+
+// Rows become columns.
+void turn(Sum (&s)[16]) {
+  Sum t[16];
+  UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(s[i], s[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(s[i], s[i + 1]);
+  }
+  UNROLL
+  for (int i = 0; i < 16; i++) {  // column i % 4 of every four, of rows i / 4 * 4 and the next three
+    const int from = i / 4 * 4 + i % 4 / 2;
+    const __m512d a = _mm512_castps_pd(t[from]), b = _mm512_castps_pd(t[from + 2]);
+    s[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b));
+  }
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    const Sum a = _mm512_shuffle_f32x4(s[i], s[4 + i], 0x88), b = _mm512_shuffle_f32x4(s[i], s[4 + i], 0xdd);
+    const Sum c = _mm512_shuffle_f32x4(s[8 + i], s[12 + i], 0x88), d = _mm512_shuffle_f32x4(s[8 + i], s[12 + i], 0xdd);
+    t[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+    t[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    t[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+  UNROLL
+  for (int i = 0; i < 16; i++) s[i] = t[i];
+}
+
 struct Float {
   using Element = float;
   static constexpr int64_t LANES = 16;  // elements a vector

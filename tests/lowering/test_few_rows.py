@@ -61,8 +61,9 @@ turned_too = pytest.mark.skipif(
 def test_weights_that_are_stored_turned_around(
     inputs: int, outputs: int, bias: bool, threads: int
 ) -> None:
-    """[I, O] in memory, a part of more outputs; a row's bits do not depend on the others."""
-    counts = [0, 1, 2, 3, 0, 4, 5, 9, 0]
+    """[I, O] in memory, a part of more outputs; every tile there is, and more than one of them; a
+    row's bits do not depend on the others."""
+    counts = [0, 1, 2, 3, 0, 4, 5, 6, 7, 20, 0]
     ends = torch.tensor(counts).cumsum(0)
     rows = values(int(ends[-1]) + 2, inputs)
     stored = (values(len(counts), inputs, outputs + 3, seed=1) / inputs**0.5)[..., 1 : outputs + 1]
@@ -75,9 +76,9 @@ def test_weights_that_are_stored_turned_around(
     want += torch.stack(biases)[group] if bias else 0
     torch.testing.assert_close(out[:-2].double(), want, rtol=1e-5, atol=1e-5)
     assert out[-2:].isnan().all()
-    last = len(rows) - 3  # of nine rows with the same weights
+    last = len(rows) - 3  # of twenty rows with the same weights
     alone = torch.empty(1, outputs)
-    which = [weights[7]], biases[7:8]
+    which = [weights[9]], biases[9:10]
     assert few_rows.products(rows[last : last + 1], torch.tensor([1]), *which, alone)
     assert torch.equal(alone[0], out[last])
 

@@ -1,4 +1,4 @@
-"""Third-party models for `moeca bench`, from installed packages: tiny, an eighth and a quarter of their width.
+"""Third-party models for `moeca bench`, from installed packages, small to a quarter of full width.
 
     moeca bench benchmarks/thirdparty.py:joint_tiny
     moeca bench benchmarks/thirdparty.py:joint_eighth --steps 12

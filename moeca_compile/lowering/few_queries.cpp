@@ -11,14 +11,6 @@ struct Sizes {
   int64_t q[3], k[3], v[3], out[3];  // elements from one sample, head, row to the next
 };
 
-// Scores are sums over 32 bits of a query's and of a key's state, one float or two bfloat16.
-struct ByState : ByFloat {
-  static Sum add(Sum s, Sum a, Sum b) {
-    if constexpr (sizeof(Element) == sizeof(float)) return plus_product(s, a, b);
-    else return Type::add(s, (decltype(Type::load(nullptr)))a, (decltype(Type::load(nullptr)))b);
-  }
-};
-
 // Outputs are sums over weights and elements of a value.
 struct ByWeight : ByFloat {
   template <typename... Where>
@@ -33,7 +25,6 @@ struct Attention {
   float* scores;  // [queries, padded]
   float* turned;  // states of PANEL keys: [units, PANEL]
   int64_t padded, units;
-  static constexpr int64_t PER_UNIT = sizeof(float) / sizeof(Element);  // elements in 32 bits
 
   // The states of `count` keys, side by side.
   void lay_out(const float* keys, int64_t stride, int64_t count) const {
@@ -96,7 +87,7 @@ struct Attention {
     if constexpr (R > 1)
       if (count < R) return panel<R - 1>(count, states, to);
     Sum sum[R][WIDE];
-    multiply<ByState>(sum, units, states, sizes.q[2] / PER_UNIT, from<ByState>(turned, PANEL));
+    multiply<ByUnit>(sum, units, states, sizes.q[2] / PER_UNIT, from<ByUnit>(turned, PANEL));
     UNROLL
     for (int i = 0; i < R; i++)
       UNROLL

@@ -1,9 +1,16 @@
-// Products of few rows with weights [O, I] as they lie in memory, nothing packed.
+// Products of few rows, weights [O, I] read as they lie in memory. With AVX-512 weights that meet more
+// rows are packed into panels of 64 outputs; the number of rows in a group decides. With MOECA_TURNED
+// weights are [I, O] and always go by panels: AVX-512, float32.
 
 namespace {
 
 constexpr int64_t TASK = 64;  // outputs a thread takes at once
 constexpr int64_t LINE = 16;  // outputs that are written to memory at once
+#ifdef MOECA_TURNED
+constexpr bool TURNED = true;
+#else
+constexpr bool TURNED = false;
+#endif
 
 struct Product {
   const Element* rows;
@@ -82,8 +89,103 @@ struct Product {
   }
 };
 
+#ifdef MOECA_AVX512
+
+constexpr int TALL = 6;  // rows a tile: with what its sums are made of 29 of 32 registers
+// Packing pays for so many units of rows on, or half as many of rows of so many bytes, which lie as far
+// apart as places of the first cache that exclude each other; for most of a panel.
+constexpr int64_t MUCH = 72 << 10, LONG = 4096 * PER_UNIT, MOST = PANEL * 3 / 4;
+
+bool packing_pays(int64_t rows, int64_t inputs, int64_t outputs) {
+  const bool far_apart = inputs * static_cast<int64_t>(sizeof(Element)) >= LONG;
+  return outputs >= MOST && rows * inputs / PER_UNIT >= (far_apart ? MUCH / 2 : MUCH);
+}
+
+// One panel: PANEL outputs, `count` of which there are. Strides and inputs in units of 32 bits.
+struct Panel {
+  const float *rows, *weight, *next;  // next: weights that the next panel will be made of
+  const Element* bias;
+  Element* out;
+  float* packed;  // [inputs, PANEL]
+  int64_t row_stride, weight_stride, out_stride, inputs, count;
+
+  // Not as a function of its own: g++ 12 drops calls of one that only asks.
+  [[gnu::always_inline]] static void ask_for(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+  // Rows [r, r + some), at most TALL, with weights that fetch(n, right) puts into registers.
+  template <int R = TALL, typename Fetch>
+  void tile(int64_t r, int64_t some, const Fetch& fetch) const {
+    if constexpr (R > 1)
+      if (some < R) return tile<R - 1>(r, some, fetch);
+    Sum sum[R][WIDE];
+    multiply<ByUnit>(sum, inputs, rows + r * row_stride, row_stride, fetch);
+    UNROLL
+    for (int j = 0; j < WIDE; j++) {
+      const int64_t left = std::min(FLOATS, count - j * FLOATS);
+      if (left <= 0) return;
+      const Sum shift = bias ? Type::floats(bias + j * FLOATS, left) : zero();
+      UNROLL
+      for (int i = 0; i < R; i++) Type::store(out + (r + i) * out_stride + j * FLOATS, sum[i][j] + shift, left);
+    }
+  }
+
+#ifdef MOECA_TURNED
+  // Weights [I, O] meet the first rows while they are packed; where there are no others they are not.
+  int64_t first_tile(int64_t r, int64_t stop) const {
+    const auto from_memory = [=, *this](int64_t n, Sum(&right)[WIDE]) __attribute__((always_inline)) {
+      // Processors look ahead within a page of memory, and here every input has its own.
+      UNROLL
+      for (int j = 0; j < WIDE; j++) ask_for(next + n * weight_stride + j * FLOATS);
+      from<ByUnit>(weight, weight_stride)(n, right);
+    };
+    if (stop - r <= TALL) {
+      tile(r, stop - r, from_memory);
+      return stop;
+    }
+    tile(r, TALL, [=, *this](int64_t n, Sum(&right)[WIDE]) __attribute__((always_inline)) {
+      from_memory(n, right);
+      UNROLL
+      for (int j = 0; j < WIDE; j++) Float::store(packed + n * PANEL + j * FLOATS, right[j]);
+    });
+    return r + TALL;
+  }
+
+  int64_t pack(int64_t r, int64_t stop) const {
+    if (count == PANEL) return first_tile(r, stop);
+    for (int64_t n = 0; n < inputs; n++) std::copy_n(weight + n * weight_stride, count, packed + n * PANEL);
+    return r;
+  }
+#else
+  // Weights [O, I]: sixteen outputs of sixteen inputs at a time.
+  int64_t pack(int64_t r, int64_t) const {
+    for (int64_t o = 0; o < PANEL; o += FLOATS)
+      for (int64_t n = 0; n < inputs; n += FLOATS) {
+        Sum part[FLOATS];
+        UNROLL
+        for (int j = 0; j < FLOATS; j++) {
+          const int64_t from = (o + j) * weight_stride + n;
+          ask_for(next + from);
+          part[j] = o + j < count ? Float::load(weight + from, std::min(FLOATS, inputs - n)) : zero();
+        }
+        turn(part);
+        UNROLL
+        for (int j = 0; j < FLOATS; j++)
+          if (n + j < inputs) Float::store(packed + (n + j) * PANEL + o, part[j]);
+      }
+    return r;
+  }
+#endif
+
+  // All rows [r, stop) of a group; `pack` may have computed the first ones.
+  void columns(int64_t r, int64_t stop) const {
+    for (r = pack(r, stop); r < stop; r += TALL) tile(r, std::min<int64_t>(TALL, stop - r), from<ByUnit>(packed, PANEL));
+  }
+};
+#endif
+
 }  // namespace
 
+// weight_stride: elements from the weights of one output to those of the next; of one input with MOECA_TURNED.
 extern "C" void few_rows(
     const Element* rows, int64_t row_stride, const int64_t* ends, int64_t groups,
     const Element* const* weights, int64_t weight_stride, const Element* const* biases,
@@ -93,13 +195,35 @@ extern "C" void few_rows(
   int64_t most = 0;  // rows of a group
   for (int64_t group = 0; group < groups; group++) most = std::max(most, ends[group] - (group ? ends[group - 1] : 0));
   const int64_t blocks = (most + block - 1) / block;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < groups * pieces * blocks; task++) {
-    const int64_t group = task / blocks / pieces, first = task / blocks % pieces * TASK, stop = ends[group];
-    const int64_t r = (group ? ends[group - 1] : 0) + task % blocks * block;
-    if (r >= stop) continue;
-    const Product product{rows, weights[group], biases ? biases[group] : nullptr, out,
-                          row_stride, weight_stride, outputs, inputs, outputs};
-    product.columns(r, std::min(r + block, stop), first, std::min(first + TASK, outputs));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> packed;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < groups * pieces * blocks; task++) {
+      const int64_t group = task / blocks / pieces, first = task / blocks % pieces * TASK, number = task % blocks;
+      const int64_t start = group ? ends[group - 1] : 0, stop = ends[group];
+      const int64_t r = start + number * block;
+      if (r >= stop) continue;
+      const Element* bias = biases ? biases[group] : nullptr;
+#ifdef MOECA_AVX512
+      static_assert(TASK == PANEL);
+      const bool whole = (inputs | row_stride | weight_stride) % PER_UNIT == 0;
+      if (TURNED || (whole && packing_pays(stop - start, inputs, outputs - first))) {
+        if (number) continue;  // all rows of the group meet a panel
+        const int64_t step = TURNED ? 1 : weight_stride;  // from one output to the next
+        const Element* weight = weights[group] + first * step;
+        const Element* next = first + PANEL < outputs ? weight + PANEL * step : weights[std::min(group + 1, groups - 1)];
+        packed.resize(inputs / PER_UNIT * PANEL);
+        const auto units = [](const Element* p) { return reinterpret_cast<const float*>(p); };
+        const Panel panel{units(rows), units(weight), units(next), bias ? bias + first : nullptr, out + first, packed.data(),
+                          row_stride / PER_UNIT, weight_stride / PER_UNIT, outputs, inputs / PER_UNIT,
+                          std::min(PANEL, outputs - first)};
+        panel.columns(start, stop);
+        continue;
+      }
+#endif
+      const Product product{rows, weights[group], bias, out, row_stride, weight_stride, outputs, inputs, outputs};
+      product.columns(r, std::min(r + block, stop), first, std::min(first + TASK, outputs));
+    }
   }
 }

@@ -1,13 +1,13 @@
-"""Products of few rows on a CPU: weights are read where they lie, once, nothing packed.
+"""Products of few rows on a CPU: weights are read where they lie, once.
 
     rows [R, I] sorted by group   weights: each [O, I], contiguous either way   ->  out [R, O]
 
 A library for large matrices copies every weight into the order its kernel likes before it
 multiplies, whatever the number of rows; with some tens of rows that is as much work as the product
 (docs/speed.md has the figures). few_rows.cpp takes sums along I, for which rows and weights lie
-right as they are, and asks for the next weights while it uses these. Weights that are stored [I, O]
-and seen turned around go through few_rows_turned.cpp, which lays 64 outputs at a time next to each
-other. native.py says where.
+right as they are, and asks for the next weights while it uses these. With AVX-512 it packs, too,
+where it is worth it: 64 outputs at a time for many rows, or for weights that are stored [I, O] and
+seen turned around. native.py says where.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _run(
     if not _lie_right(rows, weights, biases):
         return False
     turned = first.stride(1) != 1
-    kernel = native.kernel("few_rows_turned" if turned else "few_rows", rows.dtype, SIGNATURE)
+    kernel = native.kernel("few_rows", rows.dtype, SIGNATURE, *(("TURNED",) if turned else ()))
     if kernel is None:
         return False
     kernel(

@@ -1,7 +1,6 @@
 """Kernels of our own for a CPU, in C++ beside this file: where they are used, how they are built.
 
-    vectors.cpp + few_rows.cpp, few_rows_turned.cpp or few_queries.cpp   a library each, which g++
-                                                                         compiles at first use
+    vectors.cpp + few_rows.cpp or few_queries.cpp   libraries, which g++ compiles at first use
 
 float32 with AVX2 or AVX-512, bfloat16 with AVX512_BF16, each where it was measured to be faster
 than torch (docs/speed.md has the figures); nothing elsewhere. MOECA_KERNEL=0 in the environment
@@ -61,10 +60,13 @@ def _processor() -> tuple[str, set[str]]:
 
 
 @cache
-def kernel(name: str, dtype: torch.dtype, signature: tuple[Any, ...]) -> Callable[..., None] | None:
+def kernel(
+    name: str, dtype: torch.dtype, signature: tuple[Any, ...], *forms: str
+) -> Callable[..., None] | None:
     """The C function `name` of the file of that name, compiled for values of `dtype`; None, and one
-    line in the log, if it does not compile. signature: types of its arguments for ctypes."""
-    wanted = (capability(), str(dtype).removeprefix("torch."))
+    line in the log, if it does not compile. signature: types of its arguments for ctypes. forms:
+    what else is defined, each MOECA_..."""
+    wanted = (capability(), str(dtype).removeprefix("torch."), *forms)
     defines = [f"#define MOECA_{each.upper()}" for each in wanted]
     texts = [Path(__file__).with_name(file).read_text() for file in ("vectors.cpp", f"{name}.cpp")]
     try:

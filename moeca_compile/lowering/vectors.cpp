@@ -1,5 +1,5 @@
 // What the kernels compute with: a vector of floats, and elements that are read into one.
-// native.py puts it before a kernel's file and defines MOECA_AVX512 and MOECA_BFLOAT16 as asked for.
+// native.py puts it before a kernel's file and defines MOECA_AVX512, MOECA_BFLOAT16 as asked for.
 #include <immintrin.h>
 #include <algorithm>
 #include <cmath>
@@ -245,5 +245,17 @@ using Type = Bfloat16;
 using Type = Float;
 #endif
 using Element = Type::Element;
+
+#ifdef MOECA_AVX512
+constexpr int64_t PER_UNIT = sizeof(float) / sizeof(Element);  // elements in 32 bits
+
+// One step of a sum over 32 bits of both sides, one float or two bfloat16.
+struct ByUnit : ByFloat {
+  static Sum add(Sum s, Sum a, Sum b) {
+    if constexpr (PER_UNIT == 1) return plus_product(s, a, b);
+    else return Type::add(s, (decltype(Type::load(nullptr)))a, (decltype(Type::load(nullptr)))b);
+  }
+};
+#endif
 
 }  // namespace

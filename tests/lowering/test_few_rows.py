@@ -32,8 +32,9 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def test_every_size(
     kernel_dtype: torch.dtype, inputs: int, outputs: int, bias: bool, threads: int
 ) -> None:
-    """Groups of no row, one to thirteen (every tile there is), and more than a block of them."""
-    counts = [0, 1, 2, 0, 3, 4, 5, 6, 7, 8, 9, 13, 133, 0]
+    """Groups of no row, one to thirteen (every tile there is), more than a block of them, and as
+    many as weights are packed for."""
+    counts = [0, 1, 2, 0, 3, 4, 5, 6, 7, 8, 9, 13, 27, 165, 0]
     ends = torch.tensor(counts).cumsum(0)
     rows = values(int(ends[-1]) + 2, inputs, dtype=kernel_dtype)  # two of padding
     weights = (values(len(counts), outputs, inputs, seed=1) / inputs**0.5).to(kernel_dtype)

@@ -64,8 +64,9 @@ struct Product {
     for (; o < end; o++) tile<R, 1>(r, o);
   }
 
-  // Outputs [first, last) of rows [r, stop).
-  void columns(int64_t r, int64_t stop, int64_t first, int64_t last) const {
+  // Outputs [first, last) of rows [r, stop). Not inlined: g++ 12 chooses a tile's registers by what is
+  // around it, and in bfloat16 one way takes half as long again as the other.
+  [[gnu::noinline]] void columns(int64_t r, int64_t stop, int64_t first, int64_t last) const {
     constexpr int64_t SIZE = sizeof(Element), ROWS = Type::ROWS;
     const int64_t wide = std::clamp<int64_t>(NEAR / (SIZE * inputs) / COLUMNS * COLUMNS, COLUMNS, LINE);
     const int64_t tiles = (stop - r + ROWS - 1) / ROWS;
@@ -177,7 +178,7 @@ struct Panel {
 #endif
 
   // All rows [r, stop) of a group; `pack` may have computed the first ones.
-  void columns(int64_t r, int64_t stop) const {
+  [[gnu::noinline]] void columns(int64_t r, int64_t stop) const {
     for (r = pack(r, stop); r < stop; r += TALL) tile(r, std::min<int64_t>(TALL, stop - r), from<ByUnit>(packed, PANEL));
   }
 };

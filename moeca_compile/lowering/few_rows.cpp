@@ -92,7 +92,8 @@ struct Product {
 
 #ifdef MOECA_AVX512
 
-constexpr int TALL = 6;  // rows a tile: with what its sums are made of 29 of 32 registers
+constexpr int TALL = 6;          // rows a tile: with what its sums are made of 29 of 32 registers
+constexpr int64_t CHAIN = 256;  // additions one after another: longer chains lose digits
 // Packing pays for so many units of rows on, or half as many of rows of so many bytes, which lie as far
 // apart as places of the first cache that exclude each other; for most of a panel.
 constexpr int64_t MUCH = 72 << 10, LONG = 4096 * PER_UNIT, MOST = PANEL * 3 / 4;
@@ -118,8 +119,18 @@ struct Panel {
   void tile(int64_t r, int64_t some, const Fetch& fetch) const {
     if constexpr (R > 1)
       if (some < R) return tile<R - 1>(r, some, fetch);
+    const float* x = rows + r * row_stride;
     Sum sum[R][WIDE];
-    multiply<ByUnit>(sum, inputs, rows + r * row_stride, row_stride, fetch);
+    multiply<ByUnit>(sum, std::min(CHAIN, inputs), x, row_stride, fetch);
+    for (int64_t n = CHAIN; n < inputs; n += CHAIN) {
+      Sum part[R][WIDE];
+      const auto from_n = [&](int64_t i, Sum(&right)[WIDE]) __attribute__((always_inline)) { fetch(n + i, right); };
+      multiply<ByUnit>(part, std::min(CHAIN, inputs - n), x + n, row_stride, from_n);
+      UNROLL
+      for (int i = 0; i < R; i++)
+        UNROLL
+        for (int j = 0; j < WIDE; j++) sum[i][j] = sum[i][j] + part[i][j];
+    }
     UNROLL
     for (int j = 0; j < WIDE; j++) {
       const int64_t left = std::min(FLOATS, count - j * FLOATS);

@@ -84,6 +84,20 @@ def test_weights_that_are_stored_turned_around(
     assert torch.equal(alone[0], out[last])
 
 
+@here
+@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=turned_too)])
+@pytest.mark.parametrize("count", [4, 64])
+def test_long_rows_keep_their_digits(count: int, turned: bool) -> None:
+    """Thousands of products in one chain of additions would lose twice as many as torch does."""
+    rows, weight = values(count, 4608), values(128, 4608, seed=1) / 4608**0.5
+    want = rows.double() @ weight.double().t()
+    out = torch.empty(count, 128)
+    weights = [weight.t().contiguous().t() if turned else weight]
+    assert few_rows.products(rows, torch.tensor([count]), weights, [], out)
+    found, torchs = ((y - want).square().mean().sqrt() for y in (out, rows @ weight.t()))
+    assert found < 2 * torchs
+
+
 def test_a_row_does_not_depend_on_the_others(kernel_dtype: torch.dtype) -> None:
     """The same bits whatever the tile a row is in, and whoever computes it."""
     rows, weight = values(23, 50, dtype=kernel_dtype), values(29, 50, seed=1, dtype=kernel_dtype)

@@ -22,8 +22,8 @@ from torch import SymInt, Tensor
 from . import native
 from .native import NUMBER, POINTER
 
-# Rows a group, from which on torch's products are as fast. With AVX-512 float32 is still ahead, 0.5
-# to 0.9 of the time: MKL has no such code for AMD's processors.
+# Rows a group, from which on torch's products are as fast. With AVX-512 float32 is still ahead, 0.4
+# to 0.5 of the time: MKL has no such code for AMD's processors.
 MANY = {
     ("AVX2", torch.float32): 512,
     ("AVX512", torch.float32): 2048,

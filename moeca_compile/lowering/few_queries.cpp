@@ -26,21 +26,6 @@ struct Attention {
   float* turned;  // states of PANEL keys: [units, PANEL]
   int64_t padded, units;
 
-  // The states of `count` keys, side by side.
-  void lay_out(const float* keys, int64_t stride, int64_t count) const {
-    for (int64_t i = 0; i < count; i += FLOATS)
-      for (int64_t u = 0; u < units; u += FLOATS) {
-        Sum states[FLOATS];
-        UNROLL
-        for (int j = 0; j < FLOATS; j++)
-          states[j] = i + j < count ? Float::load(keys + (i + j) * stride + u, std::min(FLOATS, units - u)) : zero();
-        turn(states);
-        UNROLL
-        for (int j = 0; j < FLOATS; j++)
-          if (u + j < units) Float::store(turned + (u + j) * PANEL + i, states[j]);
-      }
-  }
-
   // Scores of one query become weights, not yet divided by their sum; one over the sum. That is no
   // number where a score is none, or where the largest is infinite.
   float weigh(float* row) const {
@@ -99,7 +84,7 @@ struct Attention {
     const float* states = reinterpret_cast<const float*>(q + first * sizes.q[2]);
     for (int64_t p = 0; p < sizes.keys; p += PANEL) {
       const float* keys = reinterpret_cast<const float*>(k + p * sizes.k[2]);
-      lay_out(keys, sizes.k[2] / PER_UNIT, std::min(PANEL, sizes.keys - p));
+      lay_out(keys, sizes.k[2] / PER_UNIT, std::min(PANEL, sizes.keys - p), units, turned, [](int64_t) {});
       for (int64_t i = 0, some; i < count; i += some) {
         some = std::min<int64_t>(Type::ROWS, count - i);
         panel(some, states + i * (sizes.q[2] / PER_UNIT), scores + i * padded + p);

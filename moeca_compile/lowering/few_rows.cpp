@@ -168,22 +168,9 @@ struct Panel {
     return r;
   }
 #else
-  // Weights [O, I]: sixteen outputs of sixteen inputs at a time.
   int64_t pack(int64_t r, int64_t) const {
-    for (int64_t o = 0; o < PANEL; o += FLOATS)
-      for (int64_t n = 0; n < inputs; n += FLOATS) {
-        Sum part[FLOATS];
-        UNROLL
-        for (int j = 0; j < FLOATS; j++) {
-          const int64_t from = (o + j) * weight_stride + n;
-          ask_for(next + from);
-          part[j] = o + j < count ? Float::load(weight + from, std::min(FLOATS, inputs - n)) : zero();
-        }
-        turn(part);
-        UNROLL
-        for (int j = 0; j < FLOATS; j++)
-          if (n + j < inputs) Float::store(packed + (n + j) * PANEL + o, part[j]);
-      }
+    lay_out(weight, weight_stride, count, inputs, packed,
+            [=, *this](int64_t at) __attribute__((always_inline)) { ask_for(next + at); });
     return r;
   }
 #endif

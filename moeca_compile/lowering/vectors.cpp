@@ -163,6 +163,27 @@ void totals(const Sum (&sum)[R][COLUMNS], __m128 (&row)[R]) {
   for (int i = 0; i < R; i++) row[i] = rows[i];
 }
 
+// Up to PANEL rows of units, `stride` apart, side by side in `to`: [units, PANEL]. ask(at): once for
+// every vector, by its place behind `rows`.
+template <typename Ask>
+[[gnu::always_inline]] inline void lay_out(
+    const float* rows, int64_t stride, int64_t count, int64_t units, float* to, const Ask& ask) {
+  for (int64_t i = 0; i < count; i += FLOATS)
+    for (int64_t u = 0; u < units; u += FLOATS) {
+      Sum part[FLOATS];
+      UNROLL
+      for (int j = 0; j < FLOATS; j++) {
+        const int64_t at = (i + j) * stride + u;
+        ask(at);
+        part[j] = i + j < count ? Float::load(rows + at, std::min(FLOATS, units - u)) : zero();
+      }
+      turn(part);
+      UNROLL
+      for (int j = 0; j < FLOATS; j++)
+        if (u + j < units) Float::store(to + (u + j) * PANEL + i, part[j]);
+    }
+}
+
 // One step of a sum of products: a number of the left, a vector of the right.
 struct ByFloat {
   static Sum all_of(const float* p) { return ::all_of(*p); }

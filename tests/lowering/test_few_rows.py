@@ -118,6 +118,16 @@ def test_rows_and_weights_may_be_parts_of_larger_ones(kernel_dtype: torch.dtype)
     torch.testing.assert_close(out, rows @ weight.t(), rtol=within, atol=within)
 
 
+def test_parts_that_lie_an_odd_number_apart(kernel_dtype: torch.dtype) -> None:
+    """As many rows as weights are packed for, which in bfloat16 goes by two elements."""
+    rows = values(165, 1025, dtype=kernel_dtype)[:, 1:]
+    weight = (values(64, 1027, seed=1) / 32).to(kernel_dtype)[:, 2:-1]
+    out, within = torch.empty(165, 64, dtype=kernel_dtype), TOLERANCE[kernel_dtype]
+    assert few_rows.products(rows, torch.tensor([165]), [weight], [], out)
+    want = rows.double() @ weight.double().t()
+    torch.testing.assert_close(out.double(), want, rtol=within, atol=within)
+
+
 def test_what_is_not_finite_stays_so_in_its_row(kernel_dtype: torch.dtype) -> None:
     rows, weight = values(5, 20, dtype=kernel_dtype), values(6, 20, seed=1, dtype=kernel_dtype)
     rows[2, 3], rows[4, 19] = torch.inf, torch.nan
